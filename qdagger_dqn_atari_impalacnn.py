@@ -1,0 +1,835 @@
+"""QDagger on Atari: a student Impala-CNN takes over from a DQN teacher and plays on by itself.
+
+    python qdagger_dqn_atari_impalacnn.py --env-id BreakoutNoFrameskip-v4               # teach, then play on
+    python qdagger_dqn_atari_impalacnn.py --teacher none --network nature --save-model  # train a teacher
+    python qdagger_dqn_atari_impalacnn.py --evaluate runs/RUN/MODEL.cleanrl_model       # play a saved model
+
+Reincarnating Reinforcement Learning (Agarwal et al., 2022, arXiv 2206.01626), in three phases:
+
+1. Teacher buffer: the teacher plays and its transitions are stored with its Q-values.
+2. Offline: the student learns from that buffer alone, by a TD loss plus a distillation loss.
+3. Online: the student plays and learns from its own transitions. The distillation weight lambda fades as its return
+   approaches the teacher's.
+
+One step is one decision of the agent: four emulator frames.
+"""
+
+import copy
+import difflib
+import hashlib
+import importlib.util
+import json
+import multiprocessing
+import os
+import random
+import signal
+import sys
+import time
+from collections import deque
+from contextlib import closing
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Callable, Literal, NamedTuple, Optional
+
+import ale_py
+import gymnasium as gym
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import tyro
+from stable_baselines3.common.atari_wrappers import AtariWrapper
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+# --- Arguments ---
+
+
+@dataclass
+class Args:
+    # run
+    exp_name: str = Path(__file__).stem  # name of the experiment, part of the run's name
+    seed: int = 1  # seeds networks, exploration, sampling and games
+    torch_deterministic: bool = True  # choose deterministic cuDNN kernels
+    cuda: bool = True  # train on the GPU if there is one
+    track: bool = False  # follow the run on Weights & Biases as well (extra `track`)
+    wandb_project_name: str = "cleanRL"  # its project there
+    wandb_entity: Optional[str] = None  # its user or team there
+    capture_video: bool = False  # record videos of the first environment to videos/ (extra `video`)
+    save_model: bool = False  # write the network to runs/RUN/ at each evaluation and at the end
+    upload_model: bool = False  # upload the saved model to the Hugging Face hub at the end
+    hf_entity: str = ""  # user or organisation there; empty: the one logged in
+
+    # environment
+    env_id: str = "BreakoutNoFrameskip-v4"  # one of ale-py's *NoFrameskip-v4 games
+    num_envs: int = 4  # games played in parallel; the number of updates per step does not depend on it
+    repeat_action_probability: float = 0.0  # chance that a frame repeats the last action; 0.25 = sticky actions
+
+    # DQN
+    total_timesteps: int = 10_000_000  # environment steps of the online phase
+    learning_rate: float = 1e-4  # of Adam
+    adam_eps: float = 1e-8  # of Adam
+    buffer_size: int = 1_000_000  # transitions in the student's replay; 7.06 GB per million
+    gamma: float = 0.99  # discount per step
+    tau: float = 1.0  # share of the online network in a target update; 1 copies it
+    target_network_frequency: int = 1000  # gradient steps (offline) or environment steps (online) per target update
+    batch_size: int = 32  # transitions per gradient step
+    n_step: int = 1  # rewards summed before the target network's value
+    huber: bool = False  # Huber instead of squared TD error
+    start_e: float = 1.0  # exploration at the start of a schedule
+    end_e: float = 0.01  # exploration at its end, and in every evaluation
+    exploration_fraction: float = 0.10  # share of total_timesteps over which exploration falls, offline steps counted
+    learning_starts: int = 80_000  # online steps before the first online gradient step
+    train_frequency: int = 4  # online steps per gradient step
+
+    # QDagger
+    teacher_steps: int = 500_000  # environment steps of the teacher's buffer
+    offline_steps: int = 500_000  # gradient steps on the teacher's buffer
+    temperature: float = 1.0  # of both policies in the distillation loss
+    distill_coef: float = 1.0  # weight of the distillation loss beside lambda
+    distill_steps: Optional[int] = None  # online steps after which lambda is 0; unset: never cut off
+    distill_latch: bool = False  # once lambda was 0, keep it there
+    return_baseline: Literal["zero", "random"] = "zero"  # lambda compares returns above this baseline
+
+    # teacher
+    teacher: str = "auto"  # auto (from the hub), none (plain DQN from scratch), or a path to a model
+    teacher_policy_hf_repo: Optional[str] = None  # hub repository; unset: cleanrl/{env_id}-{teacher_model_exp_name}-seed1
+    teacher_model_exp_name: str = "dqn_atari"  # the file there is {teacher_model_exp_name}.cleanrl_model
+    teacher_eval_episodes: int = 10  # games that measure the teacher
+    teacher_buffer: Optional[Path] = None  # read the teacher's buffer from this file if it exists, else write it there
+
+    # speed
+    network: Literal["impala", "nature"] = "impala"  # the network that learns
+    amp: bool = False  # convolutions in bfloat16; faster where the processor has it, not bit-equal to float32
+
+    # evaluation
+    eval_frequency: int = 500_000  # online steps between evaluations; 0: at the end only
+    eval_episodes: int = 10  # games in each of them
+    evaluate: Optional[Path] = None  # only play this saved model for eval_episodes games and print the scores
+
+
+class UserError(Exception):
+    """Something that the user can put right; `main` shows its one line and exits with code 2."""
+
+
+def validate(args: Args) -> None:
+    """Raise UserError for the first flag that cannot work, before anything is written or downloaded."""
+
+    def require(condition: bool, flag: str, rule: str) -> None:
+        if not condition:
+            raise UserError(f"--{flag.replace('_', '-')} is {getattr(args, flag)}: {rule}")
+
+    gym.register_envs(ale_py)
+    games = sorted(env_id for env_id in gym.registry if env_id.endswith("NoFrameskip-v4"))
+    near = ", ".join(difflib.get_close_matches(args.env_id, games, n=3, cutoff=0.4)) or "PongNoFrameskip-v4"
+    require(args.env_id in games, "env_id", f"not one of ale-py's {len(games)} NoFrameskip-v4 games; try {near}")
+
+    positive = "num_envs learning_rate adam_eps buffer_size target_network_frequency batch_size n_step train_frequency "
+    positive += "temperature teacher_eval_episodes eval_episodes"
+    for flag in positive.split():
+        require(getattr(args, flag) > 0, flag, "must be above 0")
+    for flag in "seed total_timesteps learning_starts teacher_steps offline_steps distill_coef eval_frequency".split():
+        require(getattr(args, flag) >= 0, flag, "must not be negative")
+    for flag in "gamma tau start_e end_e exploration_fraction repeat_action_probability".split():
+        require(0 <= getattr(args, flag) <= 1, flag, "must lie between 0 and 1")
+    require(args.distill_steps is None or args.distill_steps >= 0, "distill_steps", "must not be negative")
+
+    needed = warm_up(args)
+    require(args.buffer_size >= needed, "buffer_size", f"a batch of {args.batch_size} needs at least {needed}")
+    if args.teacher != "none" and args.offline_steps > 0:
+        require(args.teacher_steps >= needed, "teacher_steps", f"a batch of {args.batch_size} needs at least {needed}")
+
+    if args.capture_video and importlib.util.find_spec("moviepy") is None:
+        raise UserError("--capture-video needs moviepy: pip install moviepy")
+    if args.track and importlib.util.find_spec("wandb") is None:
+        raise UserError("--track needs wandb: pip install wandb")
+    if args.upload_model and not args.save_model:
+        raise UserError("--upload-model uploads the saved model: add --save-model")
+    if args.teacher_buffer is not None and not os.access(args.teacher_buffer.absolute().parent, os.W_OK):
+        raise UserError(f"--teacher-buffer {args.teacher_buffer}: its directory does not exist or cannot be written")
+
+
+def warm_up(args: Args) -> int:
+    """Environment steps before a replay can fill a batch of n-step transitions."""
+    return args.batch_size + (args.n_step + 1) * args.num_envs
+
+
+# --- Environments ---
+
+STACK = 4  # frames in an observation
+
+
+def make_env(env_id: str, repeat_action_probability: float = 0.0, video_dir: Optional[str] = None, every_game=False):
+    """One Atari game behind the reference wrappers; observations are uint8 (4, 84, 84), oldest frame first.
+
+    The learner sees clipped rewards and an episode per life; `info["episode"]` reports the raw return of whole games
+    and their length in emulator frames. With `video_dir`, some games (or every one) are recorded there.
+    """
+    if multiprocessing.parent_process() is not None:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the learner, who then closes its workers
+    gym.register_envs(ale_py)
+    ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)
+    render_mode = None if video_dir is None else "rgb_array"
+    env = gym.make(env_id, repeat_action_probability=repeat_action_probability, render_mode=render_mode)
+    if video_dir is not None:
+        trigger = (lambda game: True) if every_game else None
+        env = gym.wrappers.RecordVideo(env, video_dir, episode_trigger=trigger, disable_logger=True)
+    env = gym.wrappers.RecordEpisodeStatistics(env)
+    env = AtariWrapper(env)
+    env = gym.wrappers.ReshapeObservation(env, (84, 84))
+    return gym.wrappers.FrameStackObservation(env, STACK)
+
+
+def make_envs(
+    env_id: str,
+    num_envs: int,
+    repeat_action_probability: float = 0.0,
+    video_dir: Optional[str] = None,
+    every_game: bool = False,
+) -> gym.vector.AsyncVectorEnv:
+    """`num_envs` games, each in a process of its own; only the first is recorded. Games reset within the step that
+    ends them, so that no transition leads from one game into the next."""
+    make = partial(make_env, env_id, repeat_action_probability)
+    return gym.vector.AsyncVectorEnv(
+        [partial(make, video_dir, every_game)] + [make] * (num_envs - 1),
+        autoreset_mode=gym.vector.AutoresetMode.SAME_STEP,
+        context="forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn",
+    )
+
+
+def finished_games(infos: dict) -> list[tuple[int, float, int]]:
+    """(environment, raw return, length in emulator frames) of every whole game that ended in this step."""
+    games = infos.get("final_info", {}).get("episode")
+    if games is None:
+        return []
+    return [(int(env), float(games["r"][env]), int(games["l"][env])) for env in np.flatnonzero(games["_r"])]
+
+
+# --- Networks ---
+
+
+class ResidualBlock(nn.Module):
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv0 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.conv1(F.relu(self.conv0(F.relu(x))))
+
+
+class ConvSequence(nn.Sequential):
+    """Halves the image: (batch, in_channels, h, w) to (batch, out_channels, ceil(h / 2), ceil(w / 2))."""
+
+    def __init__(self, in_channels: int, out_channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.pool = nn.MaxPool2d(3, stride=2, padding=1)
+        self.res_block0 = ResidualBlock(out_channels)
+        self.res_block1 = ResidualBlock(out_channels)
+
+
+class AtariNetwork(nn.Module):
+    """Q-values float32 (batch, num_actions) from observations uint8 (batch, 4, 84, 84)."""
+
+    network: nn.Sequential
+
+    def forward(self, obs: torch.Tensor) -> torch.Tensor:
+        return self.network(obs.to(memory_format=torch.channels_last) / 255).float()
+
+
+class QNetwork(AtariNetwork):
+    """The student: Impala-CNN (Espeholt et al., 2018)."""
+
+    def __init__(self, num_actions: int):
+        super().__init__()
+        self.network = nn.Sequential(
+            ConvSequence(STACK, 16),  # 84 x 84 to 42 x 42
+            ConvSequence(16, 32),  # to 21 x 21
+            ConvSequence(32, 32),  # to 11 x 11
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Linear(32 * 11 * 11, 256),
+            nn.ReLU(),
+            nn.Linear(256, num_actions),
+        )
+
+
+class TeacherNetwork(AtariNetwork):
+    """The teacher: the Nature CNN (Mnih et al., 2015)."""
+
+    def __init__(self, num_actions: int):
+        super().__init__()
+        self.network = nn.Sequential(
+            nn.Conv2d(STACK, 32, 8, stride=4),
+            nn.ReLU(),
+            nn.Conv2d(32, 64, 4, stride=2),
+            nn.ReLU(),
+            nn.Conv2d(64, 64, 3, stride=1),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Linear(64 * 7 * 7, 512),
+            nn.ReLU(),
+            nn.Linear(512, num_actions),
+        )
+
+
+NETWORKS = {"impala": QNetwork, "nature": TeacherNetwork}
+
+
+# --- Replay ---
+
+
+class Batch(NamedTuple):
+    obs: torch.Tensor  # uint8 (batch, 4, 84, 84)
+    actions: torch.Tensor  # int64 (batch,)
+    returns: torch.Tensor  # float32 (batch,): discounted sum of up to n rewards
+    discounts: torch.Tensor  # float32 (batch,): gamma^n for the value of next_obs, 0 after a termination
+    next_obs: torch.Tensor  # uint8 (batch, 4, 84, 84)
+    teacher_q_values: torch.Tensor  # float32 (batch, num_actions) at obs
+
+
+class FrameReplay:
+    """Uniform replay that stores each frame once, 7,056 bytes, and rebuilds stacks of four when it is sampled.
+
+    Every environment owns a ring of slots. A slot holds the newest frame of an observation and what was done there;
+    the slot behind it holds the newest frame of the next observation. `ages` counts the frames of the same episode
+    before a slot, up to 3, so that a stack never reaches into an older episode but repeats its first frame. A truncated
+    episode takes one more slot for its last frame, which is bootstrapped from but never acted in.
+
+    Args:
+        capacity: transitions that can always be sampled, over all environments.
+        device: where everything is stored, gathered and drawn.
+    """
+
+    def __init__(self, capacity: int, num_envs: int, num_actions: int, device: torch.device | str = "cpu"):
+        self.num_envs, self.device = num_envs, torch.device(device)
+        # Five more slots: the one being written, three below the oldest stack, one if a last frame was drawn there.
+        self.ring = -(-capacity // num_envs) + STACK + 1
+        slots = num_envs * self.ring
+        self.frames = torch.empty((slots, 84 * 84), dtype=torch.uint8, device=device)
+        self.ages = torch.zeros(slots, dtype=torch.int64, device=device)
+        self.actions = torch.zeros(slots, dtype=torch.int64, device=device)
+        self.rewards = torch.zeros(slots, dtype=torch.float32, device=device)
+        self.terminations = torch.zeros(slots, dtype=torch.bool, device=device)
+        self.truncations = torch.zeros(slots, dtype=torch.bool, device=device)
+        self.last_frames = torch.zeros(slots, dtype=torch.bool, device=device)
+        self.teacher_q_values = torch.zeros((slots, num_actions), dtype=torch.float32, device=device)
+        self.written = torch.zeros(num_envs, dtype=torch.int64, device=device)  # slots each environment has filled
+        self.age = torch.zeros(num_envs, dtype=torch.int64, device=device)  # of the next slot
+        self.env = torch.arange(num_envs, device=device)
+
+    def slot(self, env: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
+        """Where the frame that `env` wrote as its `time`-th is stored."""
+        return env * self.ring + time % self.ring
+
+    def add(self, obs, actions, rewards, terminations, truncations, next_obs, teacher_q_values=None) -> None:
+        """Store one step of every environment.
+
+        Args:
+            obs, next_obs: uint8 (num_envs, 4, 84, 84); next_obs is the last frame of an episode that ended, not the
+                first of the one that follows.
+            actions, rewards, terminations, truncations: (num_envs,).
+            teacher_q_values: float32 (num_envs, num_actions) at obs, or None where nothing is distilled.
+        """
+        tensor = partial(torch.as_tensor, device=self.device)
+        here, behind = self.slot(self.env, self.written), self.slot(self.env, self.written + 1)
+        terminations, truncations = tensor(terminations), tensor(truncations)
+        self.frames[here] = tensor(obs[:, -1].reshape(self.num_envs, -1))
+        self.frames[behind] = tensor(next_obs[:, -1].reshape(self.num_envs, -1))
+        self.ages[here] = self.age
+        self.actions[here] = tensor(actions)
+        self.rewards[here] = tensor(rewards, dtype=torch.float32)
+        self.terminations[here] = terminations
+        self.truncations[here] = truncations
+        self.last_frames[here] = False
+        self.last_frames[behind] = truncations
+        if teacher_q_values is not None:
+            self.teacher_q_values[here] = teacher_q_values
+        self.written += 1 + truncations.long()
+        self.age = torch.where(terminations | truncations, 0, (self.age + 1).clamp(max=STACK - 1))
+
+    def sample(self, batch_size: int, n_step: int, gamma: float, generator: torch.Generator) -> Batch:
+        """Draw transitions uniformly, with replacement. n-step returns stop at the end of an episode.
+
+        Every environment must have written at least n_step slots. The newest n_step - 1 wait for their rewards.
+        """
+        random_env, random_time = torch.rand(
+            (2, batch_size), dtype=torch.float64, generator=generator, device=self.device
+        )
+        env = (random_env * self.num_envs).long()
+        written = self.written[env]
+        choices = written.clamp(max=self.ring - STACK - 1) - (n_step - 1)
+        time = written - n_step - (random_time * choices).long()
+        time = time - self.last_frames[self.slot(env, time)].long()  # to the step that led to this last frame
+
+        slots = self.slot(env, time)
+        offsets = torch.arange(n_step, device=self.device)
+        window = self.slot(env[:, None], time[:, None] + offsets)  # (batch, n_step)
+        ended = self.terminations[window] | self.truncations[window]
+        before_end = ended.cumsum(1) - ended.long() == 0
+        lengths = before_end.sum(1)
+        terminated = (self.terminations[window] & before_end).any(1)
+        ages = self.ages[slots]
+        return Batch(
+            obs=self.stack(env, time, ages),
+            actions=self.actions[slots],
+            returns=(self.rewards[window] * before_end * gamma**offsets).sum(1),
+            discounts=gamma**lengths * ~terminated,
+            next_obs=self.stack(env, time + lengths, (ages + lengths).clamp(max=STACK - 1)),
+            teacher_q_values=self.teacher_q_values[slots],
+        )
+
+    def stack(self, env: torch.Tensor, time: torch.Tensor, ages: torch.Tensor) -> torch.Tensor:
+        """Observations uint8 (batch, 4, 84, 84) at `time`, the first frame of an episode repeated as often as needed."""
+        back = torch.arange(STACK - 1, -1, -1, device=self.device).minimum(ages[:, None])  # (batch, 4)
+        slots = self.slot(env[:, None], time[:, None] - back)
+        return self.frames.index_select(0, slots.flatten()).view(-1, STACK, 84, 84)
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        return {name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
+
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        """Restore `state_dict` of a replay of the same shape; ValueError for any other."""
+        for name, value in self.state_dict().items():
+            if name not in state or state[name].shape != value.shape or state[name].dtype != value.dtype:
+                raise ValueError(f"the replay's {name} is missing or has another shape")
+            value.copy_(state[name])
+
+
+# --- The mathematics ---
+
+
+def linear_schedule(start: float, end: float, duration: float, step: int) -> float:
+    """From `start` at step 0 to `end` at step `duration`, and `end` from there on."""
+    return end if step >= duration else start + (end - start) * step / duration
+
+
+def due(step: int, stride: int, every: int) -> bool:
+    """Whether a multiple of `every` lies in (step, step + stride]: periodic work under any stride; never if 0."""
+    return every > 0 and (step + stride) // every > step // every
+
+
+def distill_coefficient(
+    student_return: Optional[float],
+    teacher_return: float,
+    baseline_return: float = 0.0,
+    step: int = 0,
+    distill_steps: Optional[int] = None,
+) -> float:
+    """lambda = 1[t < t0] clip(1 - G_student / G_teacher, 0, 1), returns taken above the baseline.
+
+    1 while `student_return` is None: too few games are over. Section 4.1 of the paper.
+    """
+    if distill_steps is not None and step >= distill_steps:
+        return 0.0
+    if student_return is None:
+        return 1.0
+    return min(1.0, max(0.0, 1 - (student_return - baseline_return) / (teacher_return - baseline_return)))
+
+
+def qdagger_loss(
+    q_values: torch.Tensor,
+    next_q_values: torch.Tensor,
+    batch: Batch,
+    distill_weight: torch.Tensor | float,
+    temperature: float = 1.0,
+    huber: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """loss = td_loss + distill_weight KL(teacher || student), each the mean over the batch.
+
+    Args:
+        q_values: the student's, float32 (batch, num_actions) at `batch.obs`.
+        next_q_values: the target network's, float32 (batch, num_actions) at `batch.next_obs`.
+        distill_weight: distill_coef times lambda.
+
+    Returns: loss, td_loss, distill_loss; scalars.
+    """
+    td_target = batch.returns + batch.discounts * next_q_values.max(1).values
+    q_taken = q_values.gather(1, batch.actions[:, None]).squeeze(1)
+    td_loss = F.smooth_l1_loss(q_taken, td_target) if huber else F.mse_loss(q_taken, td_target)
+    student = F.log_softmax(q_values / temperature, dim=1)
+    teacher = F.log_softmax(batch.teacher_q_values / temperature, dim=1)
+    distill_loss = F.kl_div(student, teacher, log_target=True, reduction="batchmean")
+    return td_loss + distill_weight * distill_loss, td_loss, distill_loss
+
+
+@torch.no_grad()
+def act(network: Callable, obs: torch.Tensor, epsilon: float, generator: torch.Generator) -> tuple:
+    """epsilon-greedy actions int64 (batch,) and the Q-values (batch, num_actions) behind them."""
+    q_values = network(obs)
+    draw = partial(torch.rand, len(obs), generator=generator, device=obs.device)
+    random_actions = (draw() * q_values.shape[1]).long()
+    return torch.where(draw() < epsilon, random_actions, q_values.argmax(1)), q_values
+
+
+# --- Models on disk and on the hub ---
+
+
+def save_model(network: nn.Module, path: Path) -> None:
+    """Write the state dict (the hub's .cleanrl_model format) beside `path`, then rename: never half a file."""
+    torch.save(network.state_dict(), path.with_suffix(".tmp"))
+    os.replace(path.with_suffix(".tmp"), path)
+
+
+def load_model(path: Path, num_actions: int, flag: str) -> AtariNetwork:
+    """A frozen network in float32 from a state dict; its tensors tell whether it is a Nature CNN or an Impala-CNN.
+
+    Read with `weights_only`: a model file never runs code. UserError, naming `flag`, if it is not a model of this game.
+    """
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        kind = "nature" if "network.9.weight" in state else "impala"
+        outputs = len(state["network.9.bias" if kind == "nature" else "network.7.bias"])
+    except FileNotFoundError:
+        raise UserError(f"{flag} {path}: no such file") from None
+    except Exception as error:
+        reason = str(error).strip().split("\n")[0][:80]
+        raise UserError(f"{flag} {path}: not a readable model of this program or the hub's DQN ({reason})") from None
+    if outputs != num_actions:
+        raise UserError(f"{flag} {path}: made for a game of {outputs} actions, --env-id has {num_actions}")
+    network = NETWORKS[kind](num_actions)
+    try:
+        network.load_state_dict(state)
+    except Exception:
+        raise UserError(f"{flag} {path}: its tensors are not those of a Nature CNN or an Impala-CNN") from None
+    return network.requires_grad_(False)
+
+
+def find_teacher(args: Args) -> Path:
+    """The teacher's file: the path given, else the hub's, else, if the hub is out of reach, the bundled one."""
+    if args.teacher != "auto":
+        return Path(args.teacher)
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    repo = args.teacher_policy_hf_repo or f"cleanrl/{args.env_id}-{args.teacher_model_exp_name}-seed1"
+    file = f"{args.teacher_model_exp_name}.cleanrl_model"
+    try:
+        return Path(hf_hub_download(repo, file))
+    except LocalEntryNotFoundError:
+        bundled = Path(__file__).parent / "teachers" / f"{args.env_id}.cleanrl_model"
+        if args.teacher_policy_hf_repo is None and bundled.exists():
+            print(f"teacher: the hub is out of reach, so {bundled.relative_to(Path(__file__).parent)} teaches")
+            return bundled
+        raise UserError(f"the hub is out of reach and no teacher for {args.env_id} is here: give --teacher PATH") from None
+    except (HfHubHTTPError, HFValidationError, FileNotFoundError, OSError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(f"the hub has no {file} in --teacher-policy-hf-repo {repo}: {reason}") from None
+
+
+def fingerprint(network: nn.Module) -> str:
+    """SHA-256 of a network's weights: which teacher a buffer came from."""
+    digest = hashlib.sha256()
+    for value in network.state_dict().values():
+        digest.update(value.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def check_upload(args: Args) -> str:
+    """The hub repository that the model will go to; UserError if nobody is logged in or may not write there."""
+    from huggingface_hub import whoami
+
+    try:
+        user = whoami()
+    except Exception as error:
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(f"--upload-model needs a login to the hub: run `hf auth login` ({reason})") from None
+    entity = args.hf_entity or user["name"]
+    if entity not in [user["name"], *(organisation["name"] for organisation in user.get("orgs", []))]:
+        raise UserError(f"--hf-entity {entity}: {user['name']} is neither that user nor a member of it")
+    return f"{entity}/{args.env_id}-{args.exp_name}-seed{args.seed}"
+
+
+def upload_model(args: Args, repo: str, run_dir: Path, video_dir: Path, returns: list[float]) -> None:
+    """Publish run_dir (model, event file), a card with the scores, the hyper-parameters and any videos."""
+    from huggingface_hub import CommitOperationAdd, EvalResult, HfApi, ModelCard, ModelCardData
+
+    score = EvalResult(
+        task_type="reinforcement-learning",
+        dataset_type=args.env_id,
+        dataset_name=args.env_id,
+        metric_type="mean_reward",
+        metric_value=f"{np.mean(returns):.2f} +/- {np.std(returns):.2f}",
+    )
+    tags = [args.env_id, "deep-reinforcement-learning", "reinforcement-learning", "custom-implementation"]
+    data = ModelCardData(
+        model_name=args.exp_name, library_name="cleanrl", tags=tags, eval_results=[score], pipeline_tag=tags[2]
+    )
+    hyperparameters = json.dumps(asdict(args), indent=2, default=str)
+    card = f"""---\n{data.to_yaml()}\n---
+# QDagger agent for {args.env_id}
+
+Mean return over {len(returns)} games: {score.metric_value} (epsilon {args.end_e}).
+
+    python {Path(__file__).name} --env-id {args.env_id} --evaluate {args.exp_name}.cleanrl_model
+
+```json\n{hyperparameters}\n```
+"""
+    files = {"README.md": str(ModelCard(card)).encode(), "hyperparameters.json": hyperparameters.encode()}
+    files |= {path.name: str(path) for path in [*run_dir.iterdir(), *video_dir.glob("*.mp4"), Path(__file__)]}
+    api = HfApi()
+    api.create_repo(repo, exist_ok=True)
+    operations = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=content) for name, content in files.items()]
+    api.create_commit(repo, operations, commit_message=f"{args.exp_name} on {args.env_id}: {score.metric_value}")
+
+
+# --- Evaluation ---
+
+
+def evaluate(
+    network: Callable,
+    args: Args,
+    episodes: int,
+    device: torch.device,
+    epsilon: Optional[float] = None,
+    video_dir: Optional[str] = None,
+) -> list[float]:
+    """Raw returns of `episodes` whole games; epsilon is `end_e` unless given.
+
+    Its games and its generator are its own: an evaluation changes nothing in the training around it. Up to ten games
+    run side by side, and how many each environment plays is fixed beforehand, so that short games are not preferred.
+    """
+    num_envs = min(episodes, 10)
+    quota = [episodes // num_envs + (env < episodes % num_envs) for env in range(num_envs)]
+    returns: list[list[float]] = [[] for _ in range(num_envs)]
+    epsilon = args.end_e if epsilon is None else epsilon
+    generator = torch.Generator(device).manual_seed(args.seed)
+    envs = make_envs(args.env_id, num_envs, args.repeat_action_probability, video_dir, every_game=True)
+    with closing(envs), tqdm(total=episodes, desc="evaluation", unit="game", leave=False) as bar:
+        obs, _ = envs.reset(seed=args.seed + 1_000_000)
+        while bar.n < episodes:
+            actions, _ = act(network, torch.as_tensor(obs, device=device), epsilon, generator)
+            obs, _, _, _, infos = envs.step(actions.cpu().numpy())
+            for env, game_return, _ in finished_games(infos):
+                if len(returns[env]) < quota[env]:
+                    returns[env].append(game_return)
+                    bar.update()
+    return [game_return for of_env in returns for game_return in of_env]
+
+
+# --- Training ---
+
+
+@dataclass
+class Progress:
+    """The work done so far: each phase is a loop that goes on from here."""
+
+    teacher_steps: int = 0
+    offline_steps: int = 0
+    online_steps: int = 0
+    recent_returns: deque = field(default_factory=lambda: deque(maxlen=10))  # of whole online games
+    distilling: bool = False  # whether lambda may still be above 0
+
+
+def finish_step(envs, replay: FrameReplay, obs, actions, teacher_q_values) -> tuple[np.ndarray, dict]:
+    """Wait for the step that `envs.step_async(actions)` began at `obs`, store it, return the next obs and infos."""
+    next_obs, rewards, terminations, truncations, infos = envs.step_wait()
+    last_obs = next_obs
+    if "final_obs" in infos:
+        last_obs, ended = next_obs.copy(), infos["_final_obs"]
+        last_obs[ended] = np.stack(infos["final_obs"][ended])
+    replay.add(obs, actions, rewards, terminations, truncations, last_obs, teacher_q_values)
+    return next_obs, infos
+
+
+def train(args: Args) -> Path:
+    """Run all phases and return the run's directory. UserError, before any work, for what cannot work."""
+    validate(args)
+    upload_repo = check_upload(args) if args.upload_model else None
+    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
+    if args.cuda and device.type == "cpu":
+        print("--cuda: no GPU found, so this run trains on the CPU")
+    num_actions = int(gym.make(args.env_id).action_space.n)
+
+    teacher, teacher_path = None, None
+    if args.teacher != "none":
+        teacher_path = find_teacher(args)
+        teacher = load_model(teacher_path, num_actions, "--teacher").to(device, memory_format=torch.channels_last)
+    offline_steps = args.offline_steps if teacher else 0
+
+    run_name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"
+    run_dir, video_dir = Path("runs") / run_name, Path("videos") / run_name
+    model_path = run_dir / f"{args.exp_name}.cleanrl_model"
+    try:
+        run_dir.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"cannot create {run_dir}: {error.strerror}") from None
+    if args.track:
+        track(args, run_name)
+    writer = SummaryWriter(run_dir)
+    told = {**asdict(args), "teacher_path": teacher_path, "device": device, "torch": torch.__version__}
+    writer.add_text("hyperparameters", "|name|value|\n|-|-|\n" + "\n".join(f"|{k}|{v}|" for k, v in told.items()))
+
+    random.seed(args.seed)
+    np.random.seed(args.seed)
+    torch.manual_seed(args.seed)
+    torch.backends.cudnn.deterministic = args.torch_deterministic
+    generator = torch.Generator(device).manual_seed(args.seed)  # exploration and sampling
+
+    q_network = NETWORKS[args.network](num_actions).to(device, memory_format=torch.channels_last)
+    target_network = copy.deepcopy(q_network).requires_grad_(False)
+    optimizer = torch.optim.Adam(q_network.parameters(), lr=args.learning_rate, eps=args.adam_eps, fused=True)
+    distill_weight = torch.zeros((), device=device)  # distill_coef times lambda
+    progress = Progress(distilling=teacher is not None)
+
+    def q_values(network: nn.Module, obs: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
+            return network(obs)
+
+    student = partial(q_values, q_network)
+
+    def evaluate_student(name: str, step: int) -> list[float]:
+        returns = evaluate(student, args, args.eval_episodes, device)
+        writer.add_scalar(name, np.mean(returns), step)
+        if args.save_model:
+            save_model(q_network, model_path)
+        return returns
+
+    def gradient_step(replay: FrameReplay) -> dict[str, torch.Tensor]:
+        batch = replay.sample(args.batch_size, args.n_step, args.gamma, generator)
+        with torch.no_grad():
+            next_q_values = q_values(target_network, batch.next_obs)
+        student_q_values = student(batch.obs)
+        loss, td_loss, distill_loss = qdagger_loss(
+            student_q_values, next_q_values, batch, distill_weight, args.temperature, args.huber
+        )
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        metrics = {"loss": loss, "td_loss": td_loss, "distill_loss": distill_loss, "q_values": student_q_values.mean()}
+        return {name: value.detach() for name, value in metrics.items()}
+
+    @torch.no_grad()
+    def update_target(tau: float) -> None:
+        for target_parameter, parameter in zip(target_network.parameters(), q_network.parameters()):
+            target_parameter.lerp_(parameter, tau)
+
+    # Phase 0: how good is the teacher, and how good is chance?
+    teacher_return, baseline_return = 0.0, 0.0
+    if teacher:
+        teacher_return = float(np.mean(evaluate(teacher, args, args.teacher_eval_episodes, device)))
+        writer.add_scalar("charts/teacher/avg_episodic_return", teacher_return, 0)
+        if args.return_baseline == "random":
+            baseline_return = float(np.mean(evaluate(teacher, args, args.teacher_eval_episodes, device, epsilon=1.0)))
+        tqdm.write(f"teacher: {teacher_path} returns {teacher_return:.1f} (baseline {baseline_return:.1f})")
+        if teacher_return <= baseline_return:
+            advice = "use a better --teacher"
+            if args.return_baseline == "zero":
+                advice = "use --return-baseline random or a better --teacher"
+            raise UserError(f"the teacher's return {teacher_return:.1f} is not above {baseline_return:.1f}: {advice}")
+
+    # Phase 1: the teacher fills its buffer.
+    if offline_steps:
+        teacher_replay = FrameReplay(args.teacher_steps, args.num_envs, num_actions, device)
+        if not load_teacher_buffer(args, teacher_replay, teacher):
+            envs = make_envs(args.env_id, args.num_envs, args.repeat_action_probability)
+            with closing(envs), tqdm(total=args.teacher_steps, desc="teacher buffer", unit="step") as bar:
+                obs, _ = envs.reset(seed=args.seed)
+                while progress.teacher_steps < args.teacher_steps:
+                    epsilon = linear_schedule(args.start_e, args.end_e, args.teacher_steps, progress.teacher_steps)
+                    actions, scores = act(teacher, torch.as_tensor(obs, device=device), epsilon, generator)
+                    actions = actions.cpu().numpy()
+                    envs.step_async(actions)
+                    obs, _ = finish_step(envs, teacher_replay, obs, actions, scores)
+                    progress.teacher_steps += args.num_envs
+                    bar.update(args.num_envs)
+            save_teacher_buffer(args, teacher_replay, teacher)
+
+    # Phase 2: the student learns from the teacher's buffer alone.
+    if offline_steps:
+        distill_weight.fill_(args.distill_coef)
+        avg_return = np.mean(evaluate_student("charts/offline/avg_episodic_return", 0))
+        with tqdm(total=offline_steps, desc="offline", unit="update") as bar:
+            while progress.offline_steps < offline_steps:
+                metrics = gradient_step(teacher_replay)
+                progress.offline_steps += 1
+                step = progress.offline_steps
+                bar.update()
+                if step % args.target_network_frequency == 0:
+                    update_target(args.tau)
+                if step % 100 == 0:
+                    for name, tag in {"loss": "loss", "td_loss": "q_loss", "distill_loss": "distill_loss"}.items():
+                        writer.add_scalar(f"charts/offline/{tag}", metrics[name].item(), step)
+                    bar.set_postfix({"return": f"{avg_return:.1f}", "λ": 1.0}, refresh=False)
+                if step % 100_000 == 0 or step == offline_steps:
+                    avg_return = np.mean(evaluate_student("charts/offline/avg_episodic_return", step))
+        update_target(tau=1.0)
+        del teacher_replay
+
+    # Phase 3: the student plays on, and the teacher fades.
+    replay = FrameReplay(args.buffer_size, args.num_envs, num_actions, device)
+    learning_starts = max(args.learning_starts, warm_up(args))
+    coefficient, metrics, recent_return = 0.0, {}, None
+    envs = make_envs(
+        args.env_id, args.num_envs, args.repeat_action_probability, str(video_dir) if args.capture_video else None
+    )
+    with closing(envs), tqdm(total=args.total_timesteps, desc="online", unit="step") as bar:
+        obs, _ = envs.reset(seed=args.seed + args.num_envs)
+        phase_start = time.perf_counter()
+        while progress.online_steps < args.total_timesteps:
+            global_step = offline_steps + progress.online_steps
+            duration = args.exploration_fraction * args.total_timesteps
+            epsilon = linear_schedule(args.start_e, args.end_e, duration, global_step)
+            if progress.distilling:
+                coefficient = distill_coefficient(
+                    recent_return, teacher_return, baseline_return, progress.online_steps, args.distill_steps
+                )
+                distill_weight.fill_(args.distill_coef * coefficient)
+                past_cutoff = args.distill_steps is not None and progress.online_steps >= args.distill_steps
+                progress.distilling = not past_cutoff and not (args.distill_latch and coefficient == 0)
+
+            device_obs = torch.as_tensor(obs, device=device)
+            actions = act(student, device_obs, epsilon, generator)[0].cpu().numpy()
+            envs.step_async(actions)  # the games go on while the student learns
+            scores = teacher(device_obs) if progress.distilling else None
+            for step in range(progress.online_steps + 1, progress.online_steps + args.num_envs + 1):
+                if step > learning_starts and step % args.train_frequency == 0:
+                    metrics = gradient_step(replay)
+                if step % args.target_network_frequency == 0:
+                    update_target(args.tau)
+            obs, infos = finish_step(envs, replay, obs, actions, scores)
+
+            progress.online_steps += args.num_envs
+            global_step += args.num_envs
+            bar.update(args.num_envs)
+            for _, game_return, game_length in finished_games(infos):
+                writer.add_scalar("charts/episodic_return", game_return, global_step)
+                writer.add_scalar("charts/episodic_length", game_length, global_step)
+                progress.recent_returns.append(game_return)
+                if len(progress.recent_returns) == progress.recent_returns.maxlen:
+                    recent_return = float(np.mean(progress.recent_returns))
+            if due(progress.online_steps - args.num_envs, args.num_envs, 100):
+                for name, value in metrics.items():
+                    writer.add_scalar(f"losses/{name}", value.item(), global_step)
+                writer.add_scalar("charts/epsilon", epsilon, global_step)
+                writer.add_scalar("charts/distill_coeff", coefficient, global_step)
+                seconds = time.perf_counter() - phase_start
+                writer.add_scalar("charts/SPS", progress.online_steps / seconds, global_step)
+                shown = np.mean(progress.recent_returns) if progress.recent_returns else float("nan")
+                bar.set_postfix({"return": f"{shown:.1f}", "λ": f"{coefficient:.2f}"}, refresh=False)
+            evaluation_due = due(progress.online_steps - args.num_envs, args.num_envs, args.eval_frequency)
+            if evaluation_due and progress.online_steps < args.total_timesteps:
+                evaluation_start = time.perf_counter()
+                evaluate_student("eval/episodic_return", global_step)
+                phase_start += time.perf_counter() - evaluation_start
+
+    returns = evaluate_student("eval/episodic_return", offline_steps + progress.online_steps)
+    print(f"{run_dir}: {np.mean(returns):.2f} ± {np.std(returns):.2f} over {len(returns)} games")
+    writer.close()
+    if upload_repo:
+        upload_model(args, upload_repo, run_dir, video_dir, returns)
+    return run_dir
+
+
+def load_teacher_buffer(args, replay, teacher): return False
+def save_teacher_buffer(args, replay, teacher): pass
+def track(*a): pass
+
+
+if __name__ == "__main__":
+    try:
+        train(tyro.cli(Args))
+    except UserError as error:
+        sys.exit(2 if print(f"error: {error}", file=sys.stderr) is None else 2)
