@@ -21,7 +21,6 @@ import importlib.util
 import json
 import multiprocessing
 import os
-import random
 import signal
 import sys
 import time
@@ -30,7 +29,7 @@ from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Callable, Literal, NamedTuple, Optional
+from typing import Callable, Literal, NamedTuple
 
 import ale_py
 import gymnasium as gym
@@ -55,7 +54,7 @@ class Args:
     cuda: bool = True  # train on the GPU if there is one
     track: bool = False  # follow the run on Weights & Biases as well (extra `track`)
     wandb_project_name: str = "cleanRL"  # its project there
-    wandb_entity: Optional[str] = None  # its user or team there
+    wandb_entity: str | None = None  # its user or team there
     capture_video: bool = False  # record videos of the first environment to videos/ (extra `video`)
     save_model: bool = False  # write the network to runs/RUN/ at each evaluation and at the end
     upload_model: bool = False  # upload the saved model to the Hugging Face hub at the end
@@ -88,16 +87,16 @@ class Args:
     offline_steps: int = 500_000  # gradient steps on the teacher's buffer
     temperature: float = 1.0  # of both policies in the distillation loss
     distill_coef: float = 1.0  # weight of the distillation loss beside lambda
-    distill_steps: Optional[int] = None  # online steps after which lambda is 0; unset: never cut off
+    distill_steps: int | None = None  # online steps after which lambda is 0; unset: never cut off
     distill_latch: bool = False  # once lambda was 0, keep it there
     return_baseline: Literal["zero", "random"] = "zero"  # lambda compares returns above this baseline
 
     # teacher
     teacher: str = "auto"  # auto (from the hub), none (plain DQN from scratch), or a path to a model
-    teacher_policy_hf_repo: Optional[str] = None  # hub repository; unset: cleanrl/{env_id}-{teacher_model_exp_name}-seed1
+    teacher_policy_hf_repo: str | None = None  # hub repository; unset: cleanrl/{env_id}-{teacher_model_exp_name}-seed1
     teacher_model_exp_name: str = "dqn_atari"  # the file there is {teacher_model_exp_name}.cleanrl_model
     teacher_eval_episodes: int = 10  # games that measure the teacher
-    teacher_buffer: Optional[Path] = None  # read the teacher's buffer from this file if it exists, else write it there
+    teacher_buffer: Path | None = None  # read the teacher's buffer from this file if it exists, else write it there
 
     # speed
     network: Literal["impala", "nature"] = "impala"  # the network that learns
@@ -106,53 +105,51 @@ class Args:
     # evaluation
     eval_frequency: int = 500_000  # online steps between evaluations; 0: at the end only
     eval_episodes: int = 10  # games in each of them
-    evaluate: Optional[Path] = None  # only play this saved model for eval_episodes games and print the scores
+    evaluate: Path | None = None  # only play this saved model for eval_episodes games and print the scores
+
+    @property
+    def warm_up(self) -> int:
+        """Environment steps before a replay can fill a batch of n-step transitions."""
+        return self.batch_size + (self.n_step + 1) * self.num_envs
 
 
 class UserError(Exception):
-    """Something that the user can put right; `main` shows its one line and exits with code 2."""
+    """What the user can put right: `main` shows its one line and exits with code 2."""
 
 
 def validate(args: Args) -> None:
-    """Raise UserError for the first flag that cannot work, before anything is written or downloaded."""
+    """Raise UserError for the first flag that cannot work, before anything is downloaded or written."""
 
     def require(condition: bool, flag: str, rule: str) -> None:
         if not condition:
-            raise UserError(f"--{flag.replace('_', '-')} is {getattr(args, flag)}: {rule}")
+            raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: {rule}")
 
     gym.register_envs(ale_py)
-    games = sorted(env_id for env_id in gym.registry if env_id.endswith("NoFrameskip-v4"))
-    near = ", ".join(difflib.get_close_matches(args.env_id, games, n=3, cutoff=0.4)) or "PongNoFrameskip-v4"
-    require(args.env_id in games, "env_id", f"not one of ale-py's {len(games)} NoFrameskip-v4 games; try {near}")
+    games = [env_id for env_id in gym.registry if env_id.endswith("NoFrameskip-v4")]
+    near = " or ".join(difflib.get_close_matches(args.env_id, games, n=2, cutoff=0.4) or ["PongNoFrameskip-v4"])
+    require(args.env_id in games, "env_id", f"not one of ale-py's {len(games)} NoFrameskip-v4 games, try {near}")
 
-    positive = "num_envs learning_rate adam_eps buffer_size target_network_frequency batch_size n_step train_frequency "
-    positive += "temperature teacher_eval_episodes eval_episodes"
-    for flag in positive.split():
+    positive = "num_envs learning_rate adam_eps buffer_size target_network_frequency batch_size n_step train_frequency"
+    for flag in (positive + " temperature teacher_eval_episodes eval_episodes").split():
         require(getattr(args, flag) > 0, flag, "must be above 0")
     for flag in "seed total_timesteps learning_starts teacher_steps offline_steps distill_coef eval_frequency".split():
         require(getattr(args, flag) >= 0, flag, "must not be negative")
     for flag in "gamma tau start_e end_e exploration_fraction repeat_action_probability".split():
         require(0 <= getattr(args, flag) <= 1, flag, "must lie between 0 and 1")
-    require(args.distill_steps is None or args.distill_steps >= 0, "distill_steps", "must not be negative")
+    require((args.distill_steps or 0) >= 0, "distill_steps", "must not be negative")
 
-    needed = warm_up(args)
-    require(args.buffer_size >= needed, "buffer_size", f"a batch of {args.batch_size} needs at least {needed}")
-    if args.teacher != "none" and args.offline_steps > 0:
-        require(args.teacher_steps >= needed, "teacher_steps", f"a batch of {args.batch_size} needs at least {needed}")
+    flags = ["buffer_size"] + ["teacher_steps"] * (args.teacher != "none" and args.offline_steps > 0)
+    for flag in flags:
+        rule = f"holds no batch yet; --batch-size {args.batch_size} needs at least {args.warm_up}"
+        require(getattr(args, flag) >= args.warm_up, flag, rule)
 
-    if args.capture_video and importlib.util.find_spec("moviepy") is None:
-        raise UserError("--capture-video needs moviepy: pip install moviepy")
-    if args.track and importlib.util.find_spec("wandb") is None:
-        raise UserError("--track needs wandb: pip install wandb")
-    if args.upload_model and not args.save_model:
-        raise UserError("--upload-model uploads the saved model: add --save-model")
-    if args.teacher_buffer is not None and not os.access(args.teacher_buffer.absolute().parent, os.W_OK):
-        raise UserError(f"--teacher-buffer {args.teacher_buffer}: its directory does not exist or cannot be written")
-
-
-def warm_up(args: Args) -> int:
-    """Environment steps before a replay can fill a batch of n-step transitions."""
-    return args.batch_size + (args.n_step + 1) * args.num_envs
+    require(args.save_model or not args.upload_model, "upload_model", "there is nothing to upload without --save-model")
+    for flag, module in {"capture_video": "moviepy", "track": "wandb"}.items():
+        missing = getattr(args, flag) and importlib.util.find_spec(module) is None
+        require(not missing, flag, f"needs a package that is not installed: pip install {module}")
+    if args.teacher_buffer is not None:
+        writable = os.access(args.teacher_buffer.absolute().parent, os.W_OK)
+        require(writable, "teacher_buffer", "its directory does not exist or cannot be written")
 
 
 # --- Environments ---
@@ -160,39 +157,37 @@ def warm_up(args: Args) -> int:
 STACK = 4  # frames in an observation
 
 
-def make_env(env_id: str, repeat_action_probability: float = 0.0, video_dir: Optional[str] = None, every_game=False):
-    """One Atari game behind the reference wrappers; observations are uint8 (4, 84, 84), oldest frame first.
+def make_env(
+    env_id: str, repeat_action_probability: float = 0.0, video_dir: str | None = None, video: str = "training"
+):
+    """One game behind the reference wrappers; observations are uint8 (4, 84, 84), the oldest frame first.
 
-    The learner sees clipped rewards and an episode per life; `info["episode"]` reports the raw return of whole games
-    and their length in emulator frames. With `video_dir`, some games (or every one) are recorded there.
+    The learner sees clipped rewards and one episode per life; `info["episode"]` has the raw return of whole games and
+    their length in emulator frames. Videos go to `video_dir`: some games of a training, the first of an evaluation.
     """
     if multiprocessing.parent_process() is not None:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the learner, who then closes its workers
     gym.register_envs(ale_py)
     ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)
-    render_mode = None if video_dir is None else "rgb_array"
+    render_mode = "rgb_array" if video_dir else None
     env = gym.make(env_id, repeat_action_probability=repeat_action_probability, render_mode=render_mode)
-    if video_dir is not None:
-        trigger = (lambda game: True) if every_game else None
-        env = gym.wrappers.RecordVideo(env, video_dir, episode_trigger=trigger, disable_logger=True)
+    if video_dir:
+        trigger = None if video == "training" else lambda game: game == 0
+        env = gym.wrappers.RecordVideo(env, video_dir, trigger, name_prefix=video, disable_logger=True)
     env = gym.wrappers.RecordEpisodeStatistics(env)
     env = AtariWrapper(env)
     env = gym.wrappers.ReshapeObservation(env, (84, 84))
     return gym.wrappers.FrameStackObservation(env, STACK)
 
 
-def make_envs(
-    env_id: str,
-    num_envs: int,
-    repeat_action_probability: float = 0.0,
-    video_dir: Optional[str] = None,
-    every_game: bool = False,
-) -> gym.vector.AsyncVectorEnv:
-    """`num_envs` games, each in a process of its own; only the first is recorded. Games reset within the step that
-    ends them, so that no transition leads from one game into the next."""
-    make = partial(make_env, env_id, repeat_action_probability)
+def make_envs(args: Args, num_envs: int, **video) -> gym.vector.AsyncVectorEnv:
+    """`num_envs` games, each in a process of its own; `video` (see make_env) is of the first.
+
+    Games reset within the step that ends them, so that no transition leads from one game into the next.
+    """
+    make = partial(make_env, args.env_id, args.repeat_action_probability)
     return gym.vector.AsyncVectorEnv(
-        [partial(make, video_dir, every_game)] + [make] * (num_envs - 1),
+        [partial(make, **video)] + [make] * (num_envs - 1),
         autoreset_mode=gym.vector.AutoresetMode.SAME_STEP,
         context="forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn",
     )
@@ -232,8 +227,6 @@ class ConvSequence(nn.Sequential):
 
 class AtariNetwork(nn.Module):
     """Q-values float32 (batch, num_actions) from observations uint8 (batch, 4, 84, 84)."""
-
-    network: nn.Sequential
 
     def forward(self, obs: torch.Tensor) -> torch.Tensor:
         return self.network(obs.to(memory_format=torch.channels_last) / 255).float()
@@ -412,11 +405,11 @@ def due(step: int, stride: int, every: int) -> bool:
 
 
 def distill_coefficient(
-    student_return: Optional[float],
+    student_return: float | None,
     teacher_return: float,
     baseline_return: float = 0.0,
     step: int = 0,
-    distill_steps: Optional[int] = None,
+    distill_steps: int | None = None,
 ) -> float:
     """lambda = 1[t < t0] clip(1 - G_student / G_teacher, 0, 1), returns taken above the baseline.
 
@@ -467,64 +460,75 @@ def act(network: Callable, obs: torch.Tensor, epsilon: float, generator: torch.G
 # --- Models on disk and on the hub ---
 
 
-def save_model(network: nn.Module, path: Path) -> None:
-    """Write the state dict (the hub's .cleanrl_model format) beside `path`, then rename: never half a file."""
-    torch.save(network.state_dict(), path.with_suffix(".tmp"))
-    os.replace(path.with_suffix(".tmp"), path)
+def write(content: dict, path: Path) -> None:
+    """torch.save beside `path`, then rename: never half a file. A full disk costs this file and a line, not the run."""
+    part = path.with_name(path.name + ".part")
+    try:
+        torch.save(content, part)
+        os.replace(part, path)
+    except (OSError, RuntimeError) as error:
+        tqdm.write(f"cannot write {path}: {first_line(error)}; going on without it")
+        part.unlink(missing_ok=True)
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).split("\n")[0][:160]
 
 
 def load_model(path: Path, num_actions: int, flag: str) -> AtariNetwork:
-    """A frozen network in float32 from a state dict; its tensors tell whether it is a Nature CNN or an Impala-CNN.
+    """A frozen float32 network from a .cleanrl_model state dict; its tensors tell a Nature CNN from an Impala-CNN.
 
-    Read with `weights_only`: a model file never runs code. UserError, naming `flag`, if it is not a model of this game.
+    Read with `weights_only`: a model file never runs code. UserError, naming `flag`, if it is not a model for this game.
     """
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        kind = "nature" if "network.9.weight" in state else "impala"
+        kind = "nature" if "network.9.bias" in state else "impala"
         outputs = len(state["network.9.bias" if kind == "nature" else "network.7.bias"])
     except FileNotFoundError:
         raise UserError(f"{flag} {path}: no such file") from None
     except Exception as error:
-        reason = str(error).strip().split("\n")[0][:80]
-        raise UserError(f"{flag} {path}: not a readable model of this program or the hub's DQN ({reason})") from None
+        raise UserError(f"{flag} {path}: not a readable model ({first_line(error)})") from None
     if outputs != num_actions:
-        raise UserError(f"{flag} {path}: made for a game of {outputs} actions, --env-id has {num_actions}")
+        raise UserError(f"{flag} {path}: a model for {outputs} actions, but --env-id has {num_actions}")
     network = NETWORKS[kind](num_actions)
     try:
         network.load_state_dict(state)
     except Exception:
-        raise UserError(f"{flag} {path}: its tensors are not those of a Nature CNN or an Impala-CNN") from None
+        raise UserError(f"{flag} {path}: not the tensors of a Nature CNN or of this program's Impala-CNN") from None
     return network.requires_grad_(False)
 
 
 def find_teacher(args: Args) -> Path:
-    """The teacher's file: the path given, else the hub's, else, if the hub is out of reach, the bundled one."""
+    """The path given; else the hub's file; else, only if the hub is out of reach, the one bundled with the program."""
     if args.teacher != "auto":
         return Path(args.teacher)
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub import errors, hf_hub_download
 
     repo = args.teacher_policy_hf_repo or f"cleanrl/{args.env_id}-{args.teacher_model_exp_name}-seed1"
     file = f"{args.teacher_model_exp_name}.cleanrl_model"
     try:
         return Path(hf_hub_download(repo, file))
-    except LocalEntryNotFoundError:
+    except errors.LocalEntryNotFoundError:
         bundled = Path(__file__).parent / "teachers" / f"{args.env_id}.cleanrl_model"
         if args.teacher_policy_hf_repo is None and bundled.exists():
-            print(f"teacher: the hub is out of reach, so {bundled.relative_to(Path(__file__).parent)} teaches")
+            print(f"--teacher auto: the hub is out of reach, so the bundled {bundled.name} teaches")
             return bundled
-        raise UserError(f"the hub is out of reach and no teacher for {args.env_id} is here: give --teacher PATH") from None
-    except (HfHubHTTPError, HFValidationError, FileNotFoundError, OSError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise UserError(f"the hub has no {file} in --teacher-policy-hf-repo {repo}: {reason}") from None
+        raise UserError(f"--teacher auto: the hub is out of reach and {repo} not in its cache; give a PATH") from None
+    except (OSError, ValueError, errors.EntryNotFoundError) as error:
+        raise UserError(f"--teacher-policy-hf-repo {repo}: no {file} there ({first_line(error)})") from None
 
 
-def fingerprint(network: nn.Module) -> str:
-    """SHA-256 of a network's weights: which teacher a buffer came from."""
-    digest = hashlib.sha256()
-    for value in network.state_dict().values():
-        digest.update(value.cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
+def load_teacher_buffer(replay: FrameReplay, path: Path, made_with: dict) -> None:
+    """Fill `replay` from `path`; UserError if the file is damaged or was made with other settings."""
+    try:
+        content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        differing = [name for name in made_with if content["made_with"][name] != made_with[name]]
+        if not differing:
+            replay.load_state_dict(content["replay"])
+    except Exception as error:
+        raise UserError(f"--teacher-buffer {path}: not a readable buffer ({first_line(error)})") from None
+    if differing:
+        raise UserError(f"--teacher-buffer {path}: made with another {', '.join(differing)}; name another file")
 
 
 def check_upload(args: Args) -> str:
@@ -534,45 +538,28 @@ def check_upload(args: Args) -> str:
     try:
         user = whoami()
     except Exception as error:
-        reason = str(error).strip().split("\n")[0]
-        raise UserError(f"--upload-model needs a login to the hub: run `hf auth login` ({reason})") from None
+        raise UserError(f"--upload-model: log in with `hf auth login` first ({first_line(error)})") from None
     entity = args.hf_entity or user["name"]
     if entity not in [user["name"], *(organisation["name"] for organisation in user.get("orgs", []))]:
-        raise UserError(f"--hf-entity {entity}: {user['name']} is neither that user nor a member of it")
+        raise UserError(f"--hf-entity {entity}: {user['name']} is not a member of it")
     return f"{entity}/{args.env_id}-{args.exp_name}-seed{args.seed}"
 
 
-def upload_model(args: Args, repo: str, run_dir: Path, video_dir: Path, returns: list[float]) -> None:
-    """Publish run_dir (model, event file), a card with the scores, the hyper-parameters and any videos."""
-    from huggingface_hub import CommitOperationAdd, EvalResult, HfApi, ModelCard, ModelCardData
+def upload_model(args: Args, repo: str, run_dir: Path, returns: list[float]) -> None:
+    """Publish the run's directory (model, hyper-parameters, event file, videos) with a card that tells its scores."""
+    from huggingface_hub import EvalResult, HfApi, ModelCardData
 
-    score = EvalResult(
-        task_type="reinforcement-learning",
-        dataset_type=args.env_id,
-        dataset_name=args.env_id,
-        metric_type="mean_reward",
-        metric_value=f"{np.mean(returns):.2f} +/- {np.std(returns):.2f}",
-    )
-    tags = [args.env_id, "deep-reinforcement-learning", "reinforcement-learning", "custom-implementation"]
-    data = ModelCardData(
-        model_name=args.exp_name, library_name="cleanrl", tags=tags, eval_results=[score], pipeline_tag=tags[2]
-    )
-    hyperparameters = json.dumps(asdict(args), indent=2, default=str)
-    card = f"""---\n{data.to_yaml()}\n---
-# QDagger agent for {args.env_id}
-
-Mean return over {len(returns)} games: {score.metric_value} (epsilon {args.end_e}).
-
-    python {Path(__file__).name} --env-id {args.env_id} --evaluate {args.exp_name}.cleanrl_model
-
-```json\n{hyperparameters}\n```
-"""
-    files = {"README.md": str(ModelCard(card)).encode(), "hyperparameters.json": hyperparameters.encode()}
-    files |= {path.name: str(path) for path in [*run_dir.iterdir(), *video_dir.glob("*.mp4"), Path(__file__)]}
-    api = HfApi()
-    api.create_repo(repo, exist_ok=True)
-    operations = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=content) for name, content in files.items()]
-    api.create_commit(repo, operations, commit_message=f"{args.exp_name} on {args.env_id}: {score.metric_value}")
+    task, score = "reinforcement-learning", f"{np.mean(returns):.2f} +/- {np.std(returns):.2f}"
+    result = EvalResult(task, args.env_id, args.env_id, metric_type="mean_reward", metric_value=score)
+    data = ModelCardData(model_name=args.exp_name, tags=[args.env_id, task], pipeline_tag=task, eval_results=[result])
+    command = f"python {Path(__file__).name} --env-id {args.env_id} --evaluate {args.exp_name}.cleanrl_model"
+    text = f"# QDagger on {args.env_id}\n\n{score} over {len(returns)} games, epsilon {args.end_e}.\n\n    {command}\n"
+    try:
+        (run_dir / "README.md").write_text(f"---\n{data}\n---\n{text}")
+        HfApi().create_repo(repo, exist_ok=True)
+        HfApi().upload_folder(repo_id=repo, folder_path=run_dir, commit_message=score)
+    except Exception as error:
+        raise UserError(f"--upload-model: {repo} did not take it ({first_line(error)}); {run_dir} keeps it") from None
 
 
 # --- Evaluation ---
@@ -583,30 +570,43 @@ def evaluate(
     args: Args,
     episodes: int,
     device: torch.device,
-    epsilon: Optional[float] = None,
-    video_dir: Optional[str] = None,
+    epsilon: float | None = None,
+    video_dir: str | None = None,
 ) -> list[float]:
-    """Raw returns of `episodes` whole games; epsilon is `end_e` unless given.
+    """Raw returns of `episodes` whole games at epsilon, by default `end_e`.
 
-    Its games and its generator are its own: an evaluation changes nothing in the training around it. Up to ten games
-    run side by side, and how many each environment plays is fixed beforehand, so that short games are not preferred.
+    Games and generator are its own: an evaluation changes nothing in the training around it. Up to ten games run side
+    by side; how many each environment plays is fixed beforehand, so that short games are not preferred.
     """
     num_envs = min(episodes, 10)
-    quota = [episodes // num_envs + (env < episodes % num_envs) for env in range(num_envs)]
+    quotas = [len(range(env, episodes, num_envs)) for env in range(num_envs)]
     returns: list[list[float]] = [[] for _ in range(num_envs)]
     epsilon = args.end_e if epsilon is None else epsilon
     generator = torch.Generator(device).manual_seed(args.seed)
-    envs = make_envs(args.env_id, num_envs, args.repeat_action_probability, video_dir, every_game=True)
+    envs = make_envs(args, num_envs, video_dir=video_dir, video="evaluation")
     with closing(envs), tqdm(total=episodes, desc="evaluation", unit="game", leave=False) as bar:
-        obs, _ = envs.reset(seed=args.seed + 1_000_000)
+        obs, _ = envs.reset(seed=args.seed + 20_000)
         while bar.n < episodes:
             actions, _ = act(network, torch.as_tensor(obs, device=device), epsilon, generator)
             obs, _, _, _, infos = envs.step(actions.cpu().numpy())
             for env, game_return, _ in finished_games(infos):
-                if len(returns[env]) < quota[env]:
+                if len(returns[env]) < quotas[env]:
                     returns[env].append(game_return)
                     bar.update()
-    return [game_return for of_env in returns for game_return in of_env]
+    return sum(returns, [])
+
+
+def play(args: Args) -> None:
+    """--evaluate: print the score of every game of a saved model, and their mean and standard deviation."""
+    validate(args)
+    device = choose_device(args)
+    network = load_model(args.evaluate, num_actions(args), "--evaluate").to(device, memory_format=torch.channels_last)
+    video_dir = str(args.evaluate.parent / "videos") if args.capture_video else None
+    returns = evaluate(network, args, args.eval_episodes, device, video_dir=video_dir)
+    print(*(f"game {game}: {game_return:g}" for game, game_return in enumerate(returns, 1)), sep="\n")
+    print(f"{np.mean(returns):.2f} ± {np.std(returns):.2f} over {len(returns)} games of {args.env_id}")
+    if video_dir:
+        print(f"video of game 1: {video_dir}")
 
 
 # --- Training ---
@@ -623,6 +623,17 @@ class Progress:
     distilling: bool = False  # whether lambda may still be above 0
 
 
+def choose_device(args: Args) -> torch.device:
+    if args.cuda and not torch.cuda.is_available():
+        print("--cuda: no GPU found, running on the CPU")
+    return torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
+
+
+def num_actions(args: Args) -> int:
+    with closing(make_env(args.env_id)) as env:
+        return int(env.action_space.n)
+
+
 def finish_step(envs, replay: FrameReplay, obs, actions, teacher_q_values) -> tuple[np.ndarray, dict]:
     """Wait for the step that `envs.step_async(actions)` began at `obs`, store it, return the next obs and infos."""
     next_obs, rewards, terminations, truncations, infos = envs.step_wait()
@@ -637,61 +648,59 @@ def finish_step(envs, replay: FrameReplay, obs, actions, teacher_q_values) -> tu
 def train(args: Args) -> Path:
     """Run all phases and return the run's directory. UserError, before any work, for what cannot work."""
     validate(args)
-    upload_repo = check_upload(args) if args.upload_model else None
-    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
-    if args.cuda and device.type == "cpu":
-        print("--cuda: no GPU found, so this run trains on the CPU")
-    num_actions = int(gym.make(args.env_id).action_space.n)
+    upload_repo = check_upload(args) if args.upload_model else ""
+    device, actions_count = choose_device(args), num_actions(args)
 
-    teacher, teacher_path = None, None
+    teacher, teacher_path, teacher_replay = None, None, None
     if args.teacher != "none":
         teacher_path = find_teacher(args)
-        teacher = load_model(teacher_path, num_actions, "--teacher").to(device, memory_format=torch.channels_last)
+        teacher = load_model(teacher_path, actions_count, "--teacher").to(device, memory_format=torch.channels_last)
     offline_steps = args.offline_steps if teacher else 0
+    progress = Progress(distilling=teacher is not None)
+    if offline_steps:
+        teacher_replay = FrameReplay(args.teacher_steps, args.num_envs, actions_count, device)
+        names = "env_id repeat_action_probability num_envs teacher_steps start_e end_e".split()
+        made_with = {name: getattr(args, name) for name in names}
+        made_with["teacher"] = hashlib.sha256(teacher_path.read_bytes()).hexdigest()
+        if args.teacher_buffer and args.teacher_buffer.exists():
+            load_teacher_buffer(teacher_replay, args.teacher_buffer, made_with)
+            progress.teacher_steps = args.teacher_steps
 
     run_name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"
-    run_dir, video_dir = Path("runs") / run_name, Path("videos") / run_name
-    model_path = run_dir / f"{args.exp_name}.cleanrl_model"
+    run_dir = Path("runs") / run_name
+    video_dir = str(run_dir / "videos") if args.capture_video else None
     try:
         run_dir.mkdir(parents=True)
-    except OSError as error:
-        raise UserError(f"cannot create {run_dir}: {error.strerror}") from None
-    if args.track:
-        track(args, run_name)
+        if args.track:
+            import wandb
+
+            project, entity = args.wandb_project_name, args.wandb_entity
+            wandb.init(project=project, entity=entity, name=run_name, config=asdict(args), sync_tensorboard=True)
+    except Exception as error:
+        raise UserError(f"cannot start {run_dir}: {first_line(error)}") from None
+    settings = {**asdict(args), "teacher_path": teacher_path, "device": device, "torch": torch.__version__}
+    (run_dir / "hyperparameters.json").write_text(json.dumps(settings, indent=2, default=str))
     writer = SummaryWriter(run_dir)
-    told = {**asdict(args), "teacher_path": teacher_path, "device": device, "torch": torch.__version__}
-    writer.add_text("hyperparameters", "|name|value|\n|-|-|\n" + "\n".join(f"|{k}|{v}|" for k, v in told.items()))
+    rows = "\n".join(f"|{name}|{value}|" for name, value in settings.items())
+    writer.add_text("hyperparameters", f"|name|value|\n|-|-|\n{rows}")
 
-    random.seed(args.seed)
-    np.random.seed(args.seed)
-    torch.manual_seed(args.seed)
-    torch.backends.cudnn.deterministic = args.torch_deterministic
+    torch.manual_seed(args.seed)  # the network's first weights
     generator = torch.Generator(device).manual_seed(args.seed)  # exploration and sampling
-
-    q_network = NETWORKS[args.network](num_actions).to(device, memory_format=torch.channels_last)
+    torch.backends.cudnn.deterministic = args.torch_deterministic
+    q_network = NETWORKS[args.network](actions_count).to(device, memory_format=torch.channels_last)
     target_network = copy.deepcopy(q_network).requires_grad_(False)
     optimizer = torch.optim.Adam(q_network.parameters(), lr=args.learning_rate, eps=args.adam_eps, fused=True)
     distill_weight = torch.zeros((), device=device)  # distill_coef times lambda
-    progress = Progress(distilling=teacher is not None)
 
     def q_values(network: nn.Module, obs: torch.Tensor) -> torch.Tensor:
         with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
             return network(obs)
 
-    student = partial(q_values, q_network)
-
-    def evaluate_student(name: str, step: int) -> list[float]:
-        returns = evaluate(student, args, args.eval_episodes, device)
-        writer.add_scalar(name, np.mean(returns), step)
-        if args.save_model:
-            save_model(q_network, model_path)
-        return returns
-
     def gradient_step(replay: FrameReplay) -> dict[str, torch.Tensor]:
         batch = replay.sample(args.batch_size, args.n_step, args.gamma, generator)
         with torch.no_grad():
             next_q_values = q_values(target_network, batch.next_obs)
-        student_q_values = student(batch.obs)
+        student_q_values = q_values(q_network, batch.obs)
         loss, td_loss, distill_loss = qdagger_loss(
             student_q_values, next_q_values, batch, distill_weight, args.temperature, args.huber
         )
@@ -706,130 +715,135 @@ def train(args: Args) -> Path:
         for target_parameter, parameter in zip(target_network.parameters(), q_network.parameters()):
             target_parameter.lerp_(parameter, tau)
 
-    # Phase 0: how good is the teacher, and how good is chance?
-    teacher_return, baseline_return = 0.0, 0.0
+    student = partial(q_values, q_network)
+
+    def evaluate_student(tag: str, step: int, video_dir: str | None = None) -> list[float]:
+        returns = evaluate(student, args, args.eval_episodes, device, video_dir=video_dir)
+        writer.add_scalar(tag, np.mean(returns), step)
+        if args.save_model:
+            write(q_network.state_dict(), run_dir / f"{args.exp_name}.cleanrl_model")
+        return returns
+
+    # Phase 0: how good is the teacher, and, if that is the baseline, how good is chance?
+    teacher_return = baseline_return = 0.0
     if teacher:
         teacher_return = float(np.mean(evaluate(teacher, args, args.teacher_eval_episodes, device)))
-        writer.add_scalar("charts/teacher/avg_episodic_return", teacher_return, 0)
         if args.return_baseline == "random":
             baseline_return = float(np.mean(evaluate(teacher, args, args.teacher_eval_episodes, device, epsilon=1.0)))
-        tqdm.write(f"teacher: {teacher_path} returns {teacher_return:.1f} (baseline {baseline_return:.1f})")
+        writer.add_scalar("charts/teacher/avg_episodic_return", teacher_return, 0)
+        print(f"teacher: {teacher_path}, mean return {teacher_return:.2f}")
         if teacher_return <= baseline_return:
-            advice = "use a better --teacher"
-            if args.return_baseline == "zero":
-                advice = "use --return-baseline random or a better --teacher"
-            raise UserError(f"the teacher's return {teacher_return:.1f} is not above {baseline_return:.1f}: {advice}")
+            advice = "--return-baseline random or " if args.return_baseline == "zero" else ""
+            reason = f"mean return {teacher_return:.2f} is not above the baseline {baseline_return:.2f}"
+            raise UserError(f"--teacher {teacher_path}: its {reason}, so lambda is undefined; {advice}another teacher")
 
     # Phase 1: the teacher fills its buffer.
-    if offline_steps:
-        teacher_replay = FrameReplay(args.teacher_steps, args.num_envs, num_actions, device)
-        if not load_teacher_buffer(args, teacher_replay, teacher):
-            envs = make_envs(args.env_id, args.num_envs, args.repeat_action_probability)
-            with closing(envs), tqdm(total=args.teacher_steps, desc="teacher buffer", unit="step") as bar:
-                obs, _ = envs.reset(seed=args.seed)
-                while progress.teacher_steps < args.teacher_steps:
-                    epsilon = linear_schedule(args.start_e, args.end_e, args.teacher_steps, progress.teacher_steps)
-                    actions, scores = act(teacher, torch.as_tensor(obs, device=device), epsilon, generator)
-                    actions = actions.cpu().numpy()
-                    envs.step_async(actions)
-                    obs, _ = finish_step(envs, teacher_replay, obs, actions, scores)
-                    progress.teacher_steps += args.num_envs
-                    bar.update(args.num_envs)
-            save_teacher_buffer(args, teacher_replay, teacher)
+    if progress.teacher_steps < args.teacher_steps and teacher_replay:
+        envs = make_envs(args, args.num_envs)
+        with closing(envs), tqdm(total=args.teacher_steps, desc="teacher buffer", unit="step") as bar:
+            obs, _ = envs.reset(seed=args.seed + 10_000)
+            while progress.teacher_steps < args.teacher_steps:
+                epsilon = linear_schedule(args.start_e, args.end_e, args.teacher_steps, progress.teacher_steps)
+                actions, teacher_q_values = act(teacher, torch.as_tensor(obs, device=device), epsilon, generator)
+                envs.step_async(actions.cpu().numpy())
+                obs, _ = finish_step(envs, teacher_replay, obs, actions, teacher_q_values)
+                progress.teacher_steps += args.num_envs
+                bar.update(args.num_envs)
+        if args.teacher_buffer:
+            write({"made_with": made_with, "replay": teacher_replay.state_dict()}, args.teacher_buffer)
 
     # Phase 2: the student learns from the teacher's buffer alone.
-    if offline_steps:
+    if teacher_replay:
         distill_weight.fill_(args.distill_coef)
-        avg_return = np.mean(evaluate_student("charts/offline/avg_episodic_return", 0))
+        shown = evaluate_student("charts/offline/avg_episodic_return", 0)
         with tqdm(total=offline_steps, desc="offline", unit="update") as bar:
             while progress.offline_steps < offline_steps:
                 metrics = gradient_step(teacher_replay)
                 progress.offline_steps += 1
-                step = progress.offline_steps
                 bar.update()
-                if step % args.target_network_frequency == 0:
+                if progress.offline_steps % args.target_network_frequency == 0:
                     update_target(args.tau)
-                if step % 100 == 0:
+                if progress.offline_steps % 100 == 0:
                     for name, tag in {"loss": "loss", "td_loss": "q_loss", "distill_loss": "distill_loss"}.items():
-                        writer.add_scalar(f"charts/offline/{tag}", metrics[name].item(), step)
-                    bar.set_postfix({"return": f"{avg_return:.1f}", "λ": 1.0}, refresh=False)
-                if step % 100_000 == 0 or step == offline_steps:
-                    avg_return = np.mean(evaluate_student("charts/offline/avg_episodic_return", step))
+                        writer.add_scalar(f"charts/offline/{tag}", metrics[name].item(), progress.offline_steps)
+                    bar.set_postfix_str(f"return={np.mean(shown):.1f}, λ=1.00", refresh=False)
+                if progress.offline_steps % 100_000 == 0 or progress.offline_steps == offline_steps:
+                    shown = evaluate_student("charts/offline/avg_episodic_return", progress.offline_steps)
         update_target(tau=1.0)
         del teacher_replay
 
-    # Phase 3: the student plays on, and the teacher fades.
-    replay = FrameReplay(args.buffer_size, args.num_envs, num_actions, device)
-    learning_starts = max(args.learning_starts, warm_up(args))
-    coefficient, metrics, recent_return = 0.0, {}, None
-    envs = make_envs(
-        args.env_id, args.num_envs, args.repeat_action_probability, str(video_dir) if args.capture_video else None
-    )
+    # Phase 3: the student plays on by itself, and the teacher fades.
+    replay = FrameReplay(args.buffer_size, args.num_envs, actions_count, device)
+    learning_starts = max(args.learning_starts, args.warm_up)
+    exploration_steps = args.exploration_fraction * args.total_timesteps
+    metrics, coefficient, student_return = {}, 0.0, None
+    envs = make_envs(args, args.num_envs, video_dir=video_dir)
     with closing(envs), tqdm(total=args.total_timesteps, desc="online", unit="step") as bar:
-        obs, _ = envs.reset(seed=args.seed + args.num_envs)
-        phase_start = time.perf_counter()
+        obs, _ = envs.reset(seed=args.seed)
+        phase_start = time.perf_counter()  # moved on by what evaluations take
         while progress.online_steps < args.total_timesteps:
-            global_step = offline_steps + progress.online_steps
-            duration = args.exploration_fraction * args.total_timesteps
-            epsilon = linear_schedule(args.start_e, args.end_e, duration, global_step)
+            begin = progress.online_steps
+            epsilon = linear_schedule(args.start_e, args.end_e, exploration_steps, offline_steps + begin)
             if progress.distilling:
                 coefficient = distill_coefficient(
-                    recent_return, teacher_return, baseline_return, progress.online_steps, args.distill_steps
+                    student_return, teacher_return, baseline_return, begin, args.distill_steps
                 )
                 distill_weight.fill_(args.distill_coef * coefficient)
-                past_cutoff = args.distill_steps is not None and progress.online_steps >= args.distill_steps
-                progress.distilling = not past_cutoff and not (args.distill_latch and coefficient == 0)
+                cut_off = args.distill_steps is not None and begin >= args.distill_steps
+                progress.distilling = not (cut_off or args.distill_latch and coefficient == 0)
 
             device_obs = torch.as_tensor(obs, device=device)
-            actions = act(student, device_obs, epsilon, generator)[0].cpu().numpy()
-            envs.step_async(actions)  # the games go on while the student learns
-            scores = teacher(device_obs) if progress.distilling else None
-            for step in range(progress.online_steps + 1, progress.online_steps + args.num_envs + 1):
+            actions, _ = act(student, device_obs, epsilon, generator)
+            envs.step_async(actions.cpu().numpy())  # the games go on while the student learns
+            for step in range(begin + 1, begin + args.num_envs + 1):
                 if step > learning_starts and step % args.train_frequency == 0:
                     metrics = gradient_step(replay)
                 if step % args.target_network_frequency == 0:
                     update_target(args.tau)
-            obs, infos = finish_step(envs, replay, obs, actions, scores)
-
+            teacher_q_values = teacher(device_obs) if progress.distilling else None
+            obs, infos = finish_step(envs, replay, obs, actions, teacher_q_values)
             progress.online_steps += args.num_envs
-            global_step += args.num_envs
             bar.update(args.num_envs)
+
+            global_step = offline_steps + progress.online_steps
             for _, game_return, game_length in finished_games(infos):
                 writer.add_scalar("charts/episodic_return", game_return, global_step)
                 writer.add_scalar("charts/episodic_length", game_length, global_step)
                 progress.recent_returns.append(game_return)
                 if len(progress.recent_returns) == progress.recent_returns.maxlen:
-                    recent_return = float(np.mean(progress.recent_returns))
-            if due(progress.online_steps - args.num_envs, args.num_envs, 100):
-                for name, value in metrics.items():
-                    writer.add_scalar(f"losses/{name}", value.item(), global_step)
-                writer.add_scalar("charts/epsilon", epsilon, global_step)
-                writer.add_scalar("charts/distill_coeff", coefficient, global_step)
-                seconds = time.perf_counter() - phase_start
-                writer.add_scalar("charts/SPS", progress.online_steps / seconds, global_step)
-                shown = np.mean(progress.recent_returns) if progress.recent_returns else float("nan")
-                bar.set_postfix({"return": f"{shown:.1f}", "λ": f"{coefficient:.2f}"}, refresh=False)
-            evaluation_due = due(progress.online_steps - args.num_envs, args.num_envs, args.eval_frequency)
-            if evaluation_due and progress.online_steps < args.total_timesteps:
+                    student_return = float(np.mean(progress.recent_returns))
+            if due(begin, args.num_envs, 100):
+                speed = progress.online_steps / (time.perf_counter() - phase_start)
+                scalars = {f"losses/{name}": value.item() for name, value in metrics.items()}
+                scalars |= {"charts/epsilon": epsilon, "charts/distill_coeff": coefficient, "charts/SPS": speed}
+                for tag, value in scalars.items():
+                    writer.add_scalar(tag, value, global_step)
+                shown = np.mean(progress.recent_returns or [np.nan])
+                bar.set_postfix_str(f"return={shown:.1f}, λ={coefficient:.2f}", refresh=False)
+            if due(begin, args.num_envs, args.eval_frequency) and progress.online_steps < args.total_timesteps:
                 evaluation_start = time.perf_counter()
                 evaluate_student("eval/episodic_return", global_step)
                 phase_start += time.perf_counter() - evaluation_start
 
-    returns = evaluate_student("eval/episodic_return", offline_steps + progress.online_steps)
+    returns = evaluate_student("eval/episodic_return", offline_steps + progress.online_steps, video_dir)
     print(f"{run_dir}: {np.mean(returns):.2f} ± {np.std(returns):.2f} over {len(returns)} games")
     writer.close()
     if upload_repo:
-        upload_model(args, upload_repo, run_dir, video_dir, returns)
+        upload_model(args, upload_repo, run_dir, returns)
     return run_dir
 
 
-def load_teacher_buffer(args, replay, teacher): return False
-def save_teacher_buffer(args, replay, teacher): pass
-def track(*a): pass
+def main() -> None:
+    args = tyro.cli(Args, description=__doc__)
+    try:
+        play(args) if args.evaluate else train(args)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == "__main__":
-    try:
-        train(tyro.cli(Args))
-    except UserError as error:
-        sys.exit(2 if print(f"error: {error}", file=sys.stderr) is None else 2)
+    main()
