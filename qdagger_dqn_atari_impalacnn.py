@@ -19,17 +19,19 @@ import difflib
 import hashlib
 import importlib.util
 import json
+import math
 import multiprocessing
 import os
 import signal
 import sys
 import time
 from collections import deque
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Callable, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import ale_py
 import gymnasium as gym
@@ -129,24 +131,22 @@ def validate(args: Args) -> None:
     near = " or ".join(difflib.get_close_matches(args.env_id, games, n=2, cutoff=0.4) or ["PongNoFrameskip-v4"])
     require(args.env_id in games, "env_id", f"not one of ale-py's {len(games)} NoFrameskip-v4 games, try {near}")
 
-    positive = "num_envs learning_rate adam_eps buffer_size target_network_frequency batch_size n_step train_frequency"
-    for flag in (positive + " temperature teacher_eval_episodes eval_episodes").split():
-        require(getattr(args, flag) > 0, flag, "must be above 0")
-    for flag in "seed total_timesteps learning_starts teacher_steps offline_steps distill_coef eval_frequency".split():
-        require(getattr(args, flag) >= 0, flag, "must not be negative")
-    for flag in "gamma tau start_e end_e exploration_fraction repeat_action_probability".split():
+    counts = ["num_envs", "buffer_size", "batch_size", "n_step", "train_frequency", "target_network_frequency"]
+    for flag in [*counts, "learning_rate", "adam_eps", "temperature", "teacher_eval_episodes", "eval_episodes"]:
+        require(0 < getattr(args, flag) < math.inf, flag, "must be above 0")
+    phases = ["total_timesteps", "learning_starts", "teacher_steps", "offline_steps", "distill_steps"]
+    for flag in [*phases, "seed", "distill_coef", "eval_frequency"]:
+        require(0 <= (getattr(args, flag) or 0) < math.inf, flag, "must not be negative")
+    for flag in ["gamma", "tau", "start_e", "end_e", "exploration_fraction", "repeat_action_probability"]:
         require(0 <= getattr(args, flag) <= 1, flag, "must lie between 0 and 1")
-    require((args.distill_steps or 0) >= 0, "distill_steps", "must not be negative")
 
-    flags = ["buffer_size"] + ["teacher_steps"] * (args.teacher != "none" and args.offline_steps > 0)
-    for flag in flags:
-        rule = f"holds no batch yet; --batch-size {args.batch_size} needs at least {args.warm_up}"
+    for flag in ["buffer_size"] + ["teacher_steps"] * (args.teacher != "none" and args.offline_steps > 0):
+        rule = f"too few for --batch-size {args.batch_size}, which needs {args.warm_up} or more"
         require(getattr(args, flag) >= args.warm_up, flag, rule)
-
     require(args.save_model or not args.upload_model, "upload_model", "there is nothing to upload without --save-model")
-    for flag, module in {"capture_video": "moviepy", "track": "wandb"}.items():
-        missing = getattr(args, flag) and importlib.util.find_spec(module) is None
-        require(not missing, flag, f"needs a package that is not installed: pip install {module}")
+    for flag, package in {"capture_video": "moviepy", "track": "wandb"}.items():
+        missing = getattr(args, flag) and importlib.util.find_spec(package) is None
+        require(not missing, flag, f"needs a package that is not installed: pip install {package}")
     if args.teacher_buffer is not None:
         writable = os.access(args.teacher_buffer.absolute().parent, os.W_OK)
         require(writable, "teacher_buffer", "its directory does not exist or cannot be written")
@@ -157,9 +157,7 @@ def validate(args: Args) -> None:
 STACK = 4  # frames in an observation
 
 
-def make_env(
-    env_id: str, repeat_action_probability: float = 0.0, video_dir: str | None = None, video: str = "training"
-):
+def make_env(env_id: str, repeat_action_probability=0.0, video_dir: str | None = None, video="training") -> gym.Env:
     """One game behind the reference wrappers; observations are uint8 (4, 84, 84), the oldest frame first.
 
     The learner sees clipped rewards and one episode per life; `info["episode"]` has the raw return of whole games and
@@ -286,43 +284,40 @@ class Batch(NamedTuple):
 class FrameReplay:
     """Uniform replay that stores each frame once, 7,056 bytes, and rebuilds stacks of four when it is sampled.
 
-    Every environment owns a ring of slots. A slot holds the newest frame of an observation and what was done there;
-    the slot behind it holds the newest frame of the next observation. `ages` counts the frames of the same episode
-    before a slot, up to 3, so that a stack never reaches into an older episode but repeats its first frame. A truncated
-    episode takes one more slot for its last frame, which is bootstrapped from but never acted in.
+    Every environment owns a ring of slots. A slot holds the newest frame of an observation and what was done there, the
+    slot behind it the newest frame of the next observation. An age tells how many frames of the same episode lie before
+    a slot, up to 3: a stack never reaches into an older episode but repeats its first frame. A truncated episode takes
+    one more slot, for the last frame, which is bootstrapped from but never acted in.
 
     Args:
-        capacity: transitions that can always be sampled, over all environments.
-        device: where everything is stored, gathered and drawn.
+        capacity: how many transitions can be drawn at least, over all environments, once so many were added.
+        device: where everything is stored, drawn and gathered.
     """
 
     def __init__(self, capacity: int, num_envs: int, num_actions: int, device: torch.device | str = "cpu"):
-        self.num_envs, self.device = num_envs, torch.device(device)
-        # Five more slots: the one being written, three below the oldest stack, one if a last frame was drawn there.
-        self.ring = -(-capacity // num_envs) + STACK + 1
+        self.num_envs, self.device = num_envs, device
+        self.ring = math.ceil(capacity / num_envs) + STACK + 1  # the slot being written, and the oldest stack's frames
         slots = num_envs * self.ring
         self.frames = torch.empty((slots, 84 * 84), dtype=torch.uint8, device=device)
         self.ages = torch.zeros(slots, dtype=torch.int64, device=device)
         self.actions = torch.zeros(slots, dtype=torch.int64, device=device)
-        self.rewards = torch.zeros(slots, dtype=torch.float32, device=device)
+        self.rewards = torch.zeros(slots, device=device)
         self.terminations = torch.zeros(slots, dtype=torch.bool, device=device)
         self.truncations = torch.zeros(slots, dtype=torch.bool, device=device)
-        self.last_frames = torch.zeros(slots, dtype=torch.bool, device=device)
-        self.teacher_q_values = torch.zeros((slots, num_actions), dtype=torch.float32, device=device)
-        self.written = torch.zeros(num_envs, dtype=torch.int64, device=device)  # slots each environment has filled
-        self.age = torch.zeros(num_envs, dtype=torch.int64, device=device)  # of the next slot
+        self.teacher_q_values = torch.zeros((slots, num_actions), device=device)
+        self.written = torch.zeros(num_envs, dtype=torch.int64, device=device)  # slots filled by each environment
+        self.age = torch.zeros(num_envs, dtype=torch.int64, device=device)  # of each environment's next slot
         self.env = torch.arange(num_envs, device=device)
 
     def slot(self, env: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
-        """Where the frame that `env` wrote as its `time`-th is stored."""
+        """Where `env` keeps the `time`-th of the slots it has written."""
         return env * self.ring + time % self.ring
 
     def add(self, obs, actions, rewards, terminations, truncations, next_obs, teacher_q_values=None) -> None:
         """Store one step of every environment.
 
         Args:
-            obs, next_obs: uint8 (num_envs, 4, 84, 84); next_obs is the last frame of an episode that ended, not the
-                first of the one that follows.
+            obs, next_obs: uint8 (num_envs, 4, 84, 84); if the episode ended, next_obs is its last, not the next one's.
             actions, rewards, terminations, truncations: (num_envs,).
             teacher_q_values: float32 (num_envs, num_actions) at obs, or None where nothing is distilled.
         """
@@ -336,47 +331,43 @@ class FrameReplay:
         self.rewards[here] = tensor(rewards, dtype=torch.float32)
         self.terminations[here] = terminations
         self.truncations[here] = truncations
-        self.last_frames[here] = False
-        self.last_frames[behind] = truncations
+        self.truncations[behind] = False
         if teacher_q_values is not None:
             self.teacher_q_values[here] = teacher_q_values
         self.written += 1 + truncations.long()
         self.age = torch.where(terminations | truncations, 0, (self.age + 1).clamp(max=STACK - 1))
 
     def sample(self, batch_size: int, n_step: int, gamma: float, generator: torch.Generator) -> Batch:
-        """Draw transitions uniformly, with replacement. n-step returns stop at the end of an episode.
+        """Draw transitions uniformly, with replacement; n-step returns stop where the episode ends.
 
-        Every environment must have written at least n_step slots. The newest n_step - 1 wait for their rewards.
+        The newest n_step - 1 of an environment wait for their rewards, so each must have written n_step slots.
         """
-        random_env, random_time = torch.rand(
-            (2, batch_size), dtype=torch.float64, generator=generator, device=self.device
-        )
-        env = (random_env * self.num_envs).long()
+        draw = partial(torch.rand, batch_size, dtype=torch.float64, generator=generator, device=self.device)
+        env = (draw() * self.num_envs).long()
         written = self.written[env]
         choices = written.clamp(max=self.ring - STACK - 1) - (n_step - 1)
-        time = written - n_step - (random_time * choices).long()
-        time = time - self.last_frames[self.slot(env, time)].long()  # to the step that led to this last frame
+        time = written - n_step - (draw() * choices).long()
+        time = time - self.truncations[self.slot(env, time - 1)].long()  # not a last frame, but the step that led there
 
         slots = self.slot(env, time)
         offsets = torch.arange(n_step, device=self.device)
         window = self.slot(env[:, None], time[:, None] + offsets)  # (batch, n_step)
         ended = self.terminations[window] | self.truncations[window]
-        before_end = ended.cumsum(1) - ended.long() == 0
-        lengths = before_end.sum(1)
-        terminated = (self.terminations[window] & before_end).any(1)
-        ages = self.ages[slots]
+        in_episode = ended.cumsum(1) - ended.long() == 0  # up to the step that ends it
+        steps = in_episode.sum(1)
+        terminated = (self.terminations[window] & in_episode).any(1)
         return Batch(
-            obs=self.stack(env, time, ages),
+            obs=self.stack(env, time, self.ages[slots]),
             actions=self.actions[slots],
-            returns=(self.rewards[window] * before_end * gamma**offsets).sum(1),
-            discounts=gamma**lengths * ~terminated,
-            next_obs=self.stack(env, time + lengths, (ages + lengths).clamp(max=STACK - 1)),
+            returns=(self.rewards[window] * in_episode * gamma**offsets).sum(1),
+            discounts=gamma**steps * ~terminated,
+            next_obs=self.stack(env, time + steps, self.ages[slots] + steps),
             teacher_q_values=self.teacher_q_values[slots],
         )
 
-    def stack(self, env: torch.Tensor, time: torch.Tensor, ages: torch.Tensor) -> torch.Tensor:
-        """Observations uint8 (batch, 4, 84, 84) at `time`, the first frame of an episode repeated as often as needed."""
-        back = torch.arange(STACK - 1, -1, -1, device=self.device).minimum(ages[:, None])  # (batch, 4)
+    def stack(self, env: torch.Tensor, time: torch.Tensor, age: torch.Tensor) -> torch.Tensor:
+        """Observations uint8 (batch, 4, 84, 84) whose newest frame is the `time`-th of `env`."""
+        back = torch.arange(STACK - 1, -1, -1, device=self.device).minimum(age[:, None])  # (batch, 4)
         slots = self.slot(env[:, None], time[:, None] - back)
         return self.frames.index_select(0, slots.flatten()).view(-1, STACK, 84, 84)
 
@@ -404,16 +395,10 @@ def due(step: int, stride: int, every: int) -> bool:
     return every > 0 and (step + stride) // every > step // every
 
 
-def distill_coefficient(
-    student_return: float | None,
-    teacher_return: float,
-    baseline_return: float = 0.0,
-    step: int = 0,
-    distill_steps: int | None = None,
-) -> float:
-    """lambda = 1[t < t0] clip(1 - G_student / G_teacher, 0, 1), returns taken above the baseline.
+def distill_coefficient(student_return, teacher_return, baseline_return=0.0, step=0, distill_steps=None) -> float:
+    """lambda = 1[t < t0] clip(1 - G_student / G_teacher, 0, 1), with returns G above the baseline (section 4.1).
 
-    1 while `student_return` is None: too few games are over. Section 4.1 of the paper.
+    It is 1 while student_return is None, since too few games are over; distill_steps, t0, may be None for never.
     """
     if distill_steps is not None and step >= distill_steps:
         return 0.0
@@ -422,20 +407,13 @@ def distill_coefficient(
     return min(1.0, max(0.0, 1 - (student_return - baseline_return) / (teacher_return - baseline_return)))
 
 
-def qdagger_loss(
-    q_values: torch.Tensor,
-    next_q_values: torch.Tensor,
-    batch: Batch,
-    distill_weight: torch.Tensor | float,
-    temperature: float = 1.0,
-    huber: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """loss = td_loss + distill_weight KL(teacher || student), each the mean over the batch.
+def qdagger_loss(q_values, next_q_values, batch: Batch, distill_weight, temperature: float = 1.0, huber: bool = False):
+    """loss = td_loss + distill_weight KL(teacher || student), both terms means over the batch.
 
     Args:
-        q_values: the student's, float32 (batch, num_actions) at `batch.obs`.
-        next_q_values: the target network's, float32 (batch, num_actions) at `batch.next_obs`.
-        distill_weight: distill_coef times lambda.
+        q_values: the student's, float32 (batch, num_actions) at batch.obs.
+        next_q_values: the target network's, float32 (batch, num_actions) at batch.next_obs.
+        distill_weight: distill_coef times lambda, a number or a scalar tensor.
 
     Returns: loss, td_loss, distill_loss; scalars.
     """
@@ -449,8 +427,8 @@ def qdagger_loss(
 
 
 @torch.no_grad()
-def act(network: Callable, obs: torch.Tensor, epsilon: float, generator: torch.Generator) -> tuple:
-    """epsilon-greedy actions int64 (batch,) and the Q-values (batch, num_actions) behind them."""
+def act(network: Callable, obs: torch.Tensor, epsilon: float, generator: torch.Generator):
+    """epsilon-greedy actions int64 (batch,), and the Q-values (batch, num_actions) behind them."""
     q_values = network(obs)
     draw = partial(torch.rand, len(obs), generator=generator, device=obs.device)
     random_actions = (draw() * q_values.shape[1]).long()
@@ -478,7 +456,7 @@ def first_line(error: Exception) -> str:
 def load_model(path: Path, num_actions: int, flag: str) -> AtariNetwork:
     """A frozen float32 network from a .cleanrl_model state dict; its tensors tell a Nature CNN from an Impala-CNN.
 
-    Read with `weights_only`: a model file never runs code. UserError, naming `flag`, if it is not a model for this game.
+    Read with `weights_only`: a model file never runs code. UserError names `flag` if it is no model for this game.
     """
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
@@ -565,15 +543,8 @@ def upload_model(args: Args, repo: str, run_dir: Path, returns: list[float]) -> 
 # --- Evaluation ---
 
 
-def evaluate(
-    network: Callable,
-    args: Args,
-    episodes: int,
-    device: torch.device,
-    epsilon: float | None = None,
-    video_dir: str | None = None,
-) -> list[float]:
-    """Raw returns of `episodes` whole games at epsilon, by default `end_e`.
+def evaluate(network: Callable, args: Args, episodes: int, device, epsilon=None, video_dir=None) -> list[float]:
+    """Raw returns of `episodes` whole games at epsilon, by default end_e; the first is filmed if video_dir is given.
 
     Games and generator are its own: an evaluation changes nothing in the training around it. Up to ten games run side
     by side; how many each environment plays is fixed beforehand, so that short games are not preferred.
@@ -593,7 +564,7 @@ def evaluate(
                 if len(returns[env]) < quotas[env]:
                     returns[env].append(game_return)
                     bar.update()
-    return sum(returns, [])
+    return [game_return for of_env in returns for game_return in of_env]
 
 
 def play(args: Args) -> None:
@@ -659,7 +630,7 @@ def train(args: Args) -> Path:
     progress = Progress(distilling=teacher is not None)
     if offline_steps:
         teacher_replay = FrameReplay(args.teacher_steps, args.num_envs, actions_count, device)
-        names = "env_id repeat_action_probability num_envs teacher_steps start_e end_e".split()
+        names = ["env_id", "repeat_action_probability", "num_envs", "teacher_steps", "start_e", "end_e"]
         made_with = {name: getattr(args, name) for name in names}
         made_with["teacher"] = hashlib.sha256(teacher_path.read_bytes()).hexdigest()
         if args.teacher_buffer and args.teacher_buffer.exists():
@@ -789,8 +760,8 @@ def train(args: Args) -> Path:
                     student_return, teacher_return, baseline_return, begin, args.distill_steps
                 )
                 distill_weight.fill_(args.distill_coef * coefficient)
-                cut_off = args.distill_steps is not None and begin >= args.distill_steps
-                progress.distilling = not (cut_off or args.distill_latch and coefficient == 0)
+                over = args.distill_latch or (args.distill_steps is not None and begin >= args.distill_steps)
+                progress.distilling = coefficient > 0 or not over
 
             device_obs = torch.as_tensor(obs, device=device)
             actions, _ = act(student, device_obs, epsilon, generator)

@@ -2,6 +2,7 @@
 
 import multiprocessing
 from contextlib import closing
+from itertools import pairwise
 from typing import NamedTuple
 
 import ale_py
@@ -313,7 +314,7 @@ def test_no_transition_crosses_a_reset(recording, request):
     _, replay = request.getfixturevalue(recording)
     for steps in replay.steps:
         ends = 0
-        for step, following in zip(steps, steps[1:], strict=False):
+        for step, following in pairwise(steps):
             np.testing.assert_array_equal(step.next_obs[:-1], step.obs[1:])
             if step.terminated or step.truncated:
                 ends += 1
@@ -342,13 +343,13 @@ def test_samples_are_the_steps_that_were_played(recording, request):
 
 
 def test_a_truncated_game_is_stored_with_its_last_image(short_pong):
-    """A time limit is a truncation, no termination: reported as a game of that many frames and open to bootstrapping."""
+    """A time limit truncates and never terminates: a game of that many frames, whose last image is not a reset's."""
     _, replay = short_pong
     numbers = [[number for number, step in enumerate(steps) if step.truncated] for steps in replay.steps]
     assert all(len(of_env) >= 2 for of_env in numbers)
     assert set(numbers[0]) - set(numbers[1]), "both always at once would not test the mask"
     for steps in replay.steps:
-        for step, following in zip(steps, steps[1:], strict=False):
+        for step, following in pairwise(steps):
             assert not step.terminated
             assert step.truncated == (step.game is not None)
             if step.truncated:

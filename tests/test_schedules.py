@@ -1,5 +1,7 @@
 """The small functions that decide how much, how often and at random: epsilon, lambda, periodic work, actions."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -16,7 +18,7 @@ def test_linear_schedule_by_hand():
 def test_linear_schedule_falls_in_equal_steps():
     """Constant differences, and the end value exactly: 0.01 and not nearly 0.01."""
     values = [linear_schedule(1.0, 0.01, 640, step) for step in range(700)]
-    assert [a - b for a, b in zip(values[:640], values[1:641], strict=True)] == pytest.approx([0.99 / 640] * 640)
+    assert [a - b for a, b in pairwise(values[:641])] == pytest.approx([0.99 / 640] * 640)
     assert set(values[640:]) == {0.01}
 
 
@@ -79,6 +81,7 @@ def test_lambda_on_pong():
     assert distill_coefficient(random_return, teacher_return, random_return) == pytest.approx(1.0)
     assert distill_coefficient(halfway, teacher_return, random_return) == pytest.approx(0.5)
     assert distill_coefficient(teacher_return, teacher_return, random_return) == pytest.approx(0.0)
+    assert distill_coefficient(0.0, teacher_return, random_return) == pytest.approx(1 - 20.7 / 40.4)
     assert distill_coefficient(-21.0, teacher_return, random_return) == 1
     assert distill_coefficient(21.0, teacher_return, random_return) == 0
 
@@ -100,7 +103,7 @@ def test_lambda_is_cut_off_at_distill_steps():
 
 
 def spread(batch_size: int, num_actions: int) -> torch.Tensor:
-    """Q-values whose best action differs from row to row, and is the same one for none of them all."""
+    """Q-values whose best action differs from row to row, so that taking the same one everywhere shows."""
     return torch.randn((batch_size, num_actions), generator=torch.Generator().manual_seed(3))
 
 
