@@ -57,7 +57,7 @@ class Args:
     track: bool = False  # follow the run on Weights & Biases as well (extra `track`)
     wandb_project_name: str = "cleanRL"  # its project there
     wandb_entity: str | None = None  # its user or team there
-    capture_video: bool = False  # record videos of the first environment to videos/ (extra `video`)
+    capture_video: bool = False  # film the first environment to runs/RUN/videos (extra `video`)
     save_model: bool = False  # write the network to runs/RUN/ at each evaluation and at the end
     upload_model: bool = False  # upload the saved model to the Hugging Face hub at the end
     hf_entity: str = ""  # user or organisation there; empty: the one logged in
@@ -460,19 +460,14 @@ def load_model(path: Path, num_actions: int, flag: str) -> AtariNetwork:
     """
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        kind = "nature" if "network.9.bias" in state else "impala"
-        outputs = len(state["network.9.bias" if kind == "nature" else "network.7.bias"])
-    except FileNotFoundError:
-        raise UserError(f"{flag} {path}: no such file") from None
+        network = (TeacherNetwork if "network.9.bias" in state else QNetwork)(num_actions)
+        outputs = len(list(state.values())[-1])
+        if outputs == num_actions:
+            network.load_state_dict(state)
     except Exception as error:
-        raise UserError(f"{flag} {path}: not a readable model ({first_line(error)})") from None
+        raise UserError(f"{flag} {path}: no Nature CNN or Impala-CNN can be read there ({first_line(error)})") from None
     if outputs != num_actions:
-        raise UserError(f"{flag} {path}: a model for {outputs} actions, but --env-id has {num_actions}")
-    network = NETWORKS[kind](num_actions)
-    try:
-        network.load_state_dict(state)
-    except Exception:
-        raise UserError(f"{flag} {path}: not the tensors of a Nature CNN or of this program's Impala-CNN") from None
+        raise UserError(f"{flag} {path}: a network for {outputs} actions, but --env-id has {num_actions}")
     return network.requires_grad_(False)
 
 
