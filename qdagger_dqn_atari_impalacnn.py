@@ -102,7 +102,7 @@ class Args:
 
     # speed
     network: Literal["impala", "nature"] = "impala"  # the network that learns
-    amp: bool = False  # convolutions in bfloat16; faster where the processor has it, not bit-equal to float32
+    amp: bool = False  # all layers but the last in bfloat16: faster where the hardware has it, rounded otherwise
 
     # evaluation
     eval_frequency: int = 500_000  # online steps between evaluations; 0: at the end only
@@ -227,7 +227,9 @@ class AtariNetwork(nn.Module):
     """Q-values float32 (batch, num_actions) from observations uint8 (batch, 4, 84, 84)."""
 
     def forward(self, obs: torch.Tensor) -> torch.Tensor:
-        return self.network(obs.to(memory_format=torch.channels_last) / 255).float()
+        features = self.network[:-1](obs.to(memory_format=torch.channels_last) / 255)
+        with torch.autocast(obs.device.type, enabled=False):  # bfloat16 is too coarse to tell one action from another
+            return self.network[-1](features.float())
 
 
 class QNetwork(AtariNetwork):

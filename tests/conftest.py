@@ -1,0 +1,212 @@
+"""What several tests share: teachers made here, the program as a subprocess, and a hub on this machine."""
+
+import base64
+import hashlib
+import inspect
+import json
+import multiprocessing
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from contextlib import closing
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+import torch
+
+import qdagger_dqn_atari_impalacnn as qdagger
+
+PROGRAM = Path(inspect.getsourcefile(qdagger)).resolve()
+
+# Workers start in a tenth of the time when what they import is there already. Nothing but speed depends on it.
+if "forkserver" in multiprocessing.get_all_start_methods():
+    multiprocessing.get_context("forkserver").set_forkserver_preload([qdagger.__name__])
+
+
+@pytest.fixture(scope="session")
+def make_model(tmp_path_factory):
+    """make_model(num_actions, network="nature", action=None): an untrained model on disk, fond of `action`."""
+
+    def make(num_actions: int, network: str = "nature", action: int | None = None) -> Path:
+        torch.manual_seed(num_actions)
+        model = qdagger.NETWORKS[network](num_actions)
+        if action is not None:
+            model.network[-1].bias.data[action] += 5
+        path = tmp_path_factory.mktemp("models") / f"{network}.cleanrl_model"
+        torch.save(model.state_dict(), path)
+        return path
+
+    return make
+
+
+def environment(**changes: str) -> dict[str, str]:
+    """This process's environment, less whoever is logged in at the hub."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING_FACE_"))}
+    return kept | changes
+
+
+@pytest.fixture(scope="session")
+def run_program():
+    """run_program(*flags, cwd): the program from the command line, to its end."""
+
+    def run(*flags, cwd: Path) -> subprocess.CompletedProcess:
+        command = [sys.executable, PROGRAM, *map(str, flags)]
+        return subprocess.run(command, cwd=cwd, env=environment(), capture_output=True, text=True, timeout=200)
+
+    return run
+
+
+class Hub:
+    """As much of the hub's protocol as downloads, log-ins and commits need, over HTTP on the loopback interface.
+
+    `files` maps (repository, file name) to content; what is missing is answered like the hub does. `fault` makes it
+    answer 500 to a request whose path contains that word; `break_off` makes it hang up halfway through each content.
+    """
+
+    commit_hash = "c0ffee" * 6 + "c0ff"
+
+    def __init__(self):
+        self.files: dict[tuple[str, str], bytes] = {}
+        self.requests: list[tuple[str, str]] = []
+        self.commits: dict[str, dict[str, bytes]] = {}
+        self.fault, self.break_off = "", False
+        self.port = 0
+        self.start()
+
+    def start(self) -> None:
+        self.server = ThreadingHTTPServer(("127.0.0.1", self.port), type("Handler", (HubHandler,), {"hub": self}))
+        self.port = self.server.server_address[1]
+        threading.Thread(target=self.server.serve_forever, args=(0.05,), daemon=True).start()
+
+    def close(self) -> None:
+        """From now on nobody listens at the port."""
+        self.server.shutdown()
+        self.server.server_close()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+
+class HubHandler(BaseHTTPRequestHandler):
+    hub: Hub
+
+    def log_message(self, *_) -> None:
+        pass
+
+    def answer(self, status: int, content: bytes = b"", **headers) -> None:
+        self.send_response(status)
+        for name, value in {"Content-Length": len(content), **headers}.items():
+            self.send_header(name.replace("_", "-"), str(value))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(content[: len(content) // 2] if self.hub.break_off else content)
+
+    def do_HEAD(self) -> None:
+        self.hub.requests.append((self.command, self.path))
+        if self.hub.fault and self.hub.fault in self.path:
+            return self.answer(500)
+        if self.path == "/api/whoami-v2":
+            if self.headers["Authorization"] != "Bearer hf_right":
+                return self.answer(401)
+            return self.answer(200, json.dumps({"type": "user", "name": "alice", "orgs": [{"name": "lab"}]}).encode())
+        repo, _, file = self.path.removeprefix("/").partition("/resolve/")
+        if repo not in {of_repo for of_repo, _ in self.hub.files}:
+            return self.answer(404, X_Error_Code="RepoNotFound", X_Error_Message="Repository not found")
+        content = self.hub.files.get((repo, file.partition("/")[2]))
+        if content is None:
+            return self.answer(404, X_Error_Code="EntryNotFound", X_Error_Message="Entry not found")
+        self.answer(200, content, ETag=f'"{hashlib.sha1(content).hexdigest()}"', X_Repo_Commit=self.hub.commit_hash)
+
+    do_GET = do_HEAD
+
+    def do_POST(self) -> None:
+        self.hub.requests.append((self.command, self.path))
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        if self.hub.fault and self.hub.fault in self.path:
+            return self.answer(500)
+        answer = {}
+        if self.path == "/api/repos/create":
+            asked = json.loads(body)
+            answer = {"url": f"{self.hub.url}/{asked['organization']}/{asked['name']}"}
+        elif "/preupload/" in self.path:
+            names = [file["path"] for file in json.loads(body)["files"]]
+            answer = {"files": [{"path": name, "uploadMode": "regular", "shouldIgnore": False} for name in names]}
+        elif "/commit/" in self.path:
+            repo = self.path.removeprefix("/api/models/").partition("/commit/")[0]
+            lines = [json.loads(line) for line in body.splitlines()]
+            contents = {line["value"]["path"]: line["value"]["content"] for line in lines if line["key"] == "file"}
+            self.hub.commits[repo] = {name: base64.b64decode(content) for name, content in contents.items()}
+            answer = {"commitUrl": f"{self.hub.url}/{repo}/commit/1", "commitOid": self.hub.commit_hash}
+        self.answer(200, json.dumps(answer).encode())
+
+
+@pytest.fixture(scope="session")
+def hub():
+    with closing(Hub()) as hub:
+        yield hub
+
+
+# Where the hub is and what is cached are settled when huggingface_hub is imported: hence a process of its own, which
+# is asked one thing per line.
+CLIENT = """
+import contextlib, io, json, multiprocessing, os, sys
+import qdagger_dqn_atari_impalacnn as qdagger
+
+if "forkserver" in multiprocessing.get_all_start_methods():
+    multiprocessing.get_context("forkserver").set_forkserver_preload([qdagger.__name__])
+answers = sys.stdout
+for line in sys.stdin:
+    asked = json.loads(line)
+    out, err, answer = io.StringIO(), io.StringIO(), {}
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            if "find_teacher" in asked:
+                answer["path"] = str(qdagger.find_teacher(qdagger.Args(**asked["find_teacher"])))
+            else:
+                os.environ.pop("HF_TOKEN", None)
+                os.environ.update(asked["environment"])
+                os.chdir(asked["cwd"])
+                sys.argv = ["program", *asked["main"]]
+                qdagger.main()
+                answer["code"] = 0
+        except SystemExit as stop:
+            answer["code"] = stop.code
+        except BaseException as error:
+            answer["error"] = f"{type(error).__name__}: {error}"
+    print(json.dumps(answer | {"out": out.getvalue(), "err": err.getvalue()}), file=answers, flush=True)
+"""
+
+
+@pytest.fixture(scope="session")
+def hub_client(hub, tmp_path_factory):
+    """A copy of the program whose hub is `hub`; ask(find_teacher={...}) or ask(main=[flags], cwd=...).
+
+    It has its own empty cache, nobody is logged in, and its teachers/ holds a file for Pong alone.
+    """
+    home = tmp_path_factory.mktemp("hub_client")
+    shutil.copy(PROGRAM, home)
+    (home / "teachers").mkdir()
+    (home / "teachers" / "PongNoFrameskip-v4.cleanrl_model").write_bytes(b"bundled")
+    of_hub = {"HF_ENDPOINT": hub.url, "HF_HOME": str(home / "cache"), "HF_HUB_DISABLE_XET": "1"}
+    process = subprocess.Popen(
+        [sys.executable, "-c", CLIENT],
+        cwd=home,
+        env=environment(PYTHONPATH=str(home), no_proxy="127.0.0.1", **of_hub),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+    def ask(cwd: Path = home, environment=(), **question) -> dict:
+        print(
+            json.dumps({"cwd": str(cwd), "environment": dict(environment), **question}), file=process.stdin, flush=True
+        )
+        return json.loads(process.stdout.readline())
+
+    yield ask
+    process.stdin.close()
+    assert process.wait(timeout=20) == 0
