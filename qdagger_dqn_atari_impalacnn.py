@@ -233,20 +233,13 @@ class AtariNetwork(nn.Module):
 
 
 class QNetwork(AtariNetwork):
-    """The student: Impala-CNN (Espeholt et al., 2018)."""
+    """The student: Impala-CNN (Espeholt et al., 2018). Its sequences turn 84 pixels a side into 42, 21 and 11."""
 
     def __init__(self, num_actions: int):
         super().__init__()
-        self.network = nn.Sequential(
-            ConvSequence(STACK, 16),  # 84 x 84 to 42 x 42
-            ConvSequence(16, 32),  # to 21 x 21
-            ConvSequence(32, 32),  # to 11 x 11
-            nn.ReLU(),
-            nn.Flatten(),
-            nn.Linear(32 * 11 * 11, 256),
-            nn.ReLU(),
-            nn.Linear(256, num_actions),
-        )
+        convolutions = [ConvSequence(STACK, 16), ConvSequence(16, 32), ConvSequence(32, 32), nn.ReLU()]
+        head = [nn.Flatten(), nn.Linear(32 * 11 * 11, 256), nn.ReLU(), nn.Linear(256, num_actions)]
+        self.network = nn.Sequential(*convolutions, *head)
 
 
 class TeacherNetwork(AtariNetwork):
@@ -254,18 +247,10 @@ class TeacherNetwork(AtariNetwork):
 
     def __init__(self, num_actions: int):
         super().__init__()
-        self.network = nn.Sequential(
-            nn.Conv2d(STACK, 32, 8, stride=4),
-            nn.ReLU(),
-            nn.Conv2d(32, 64, 4, stride=2),
-            nn.ReLU(),
-            nn.Conv2d(64, 64, 3, stride=1),
-            nn.ReLU(),
-            nn.Flatten(),
-            nn.Linear(64 * 7 * 7, 512),
-            nn.ReLU(),
-            nn.Linear(512, num_actions),
-        )
+        layers = [nn.Conv2d(STACK, 32, 8, stride=4), nn.Conv2d(32, 64, 4, stride=2), nn.Conv2d(64, 64, 3, stride=1)]
+        convolutions = [module for layer in layers for module in (layer, nn.ReLU())]
+        head = [nn.Flatten(), nn.Linear(64 * 7 * 7, 512), nn.ReLU(), nn.Linear(512, num_actions)]
+        self.network = nn.Sequential(*convolutions, *head)
 
 
 NETWORKS = {"impala": QNetwork, "nature": TeacherNetwork}
@@ -419,11 +404,11 @@ def qdagger_loss(q_values, next_q_values, batch: Batch, distill_weight, temperat
 
     Returns: loss, td_loss, distill_loss; scalars.
     """
-    td_target = batch.returns + batch.discounts * next_q_values.max(1).values
+    td_target = batch.returns + batch.discounts * next_q_values.detach().max(1).values
     q_taken = q_values.gather(1, batch.actions[:, None]).squeeze(1)
     td_loss = F.smooth_l1_loss(q_taken, td_target) if huber else F.mse_loss(q_taken, td_target)
     student = F.log_softmax(q_values / temperature, dim=1)
-    teacher = F.log_softmax(batch.teacher_q_values / temperature, dim=1)
+    teacher = F.log_softmax(batch.teacher_q_values.detach() / temperature, dim=1)
     distill_loss = F.kl_div(student, teacher, log_target=True, reduction="batchmean")
     return td_loss + distill_weight * distill_loss, td_loss, distill_loss
 
@@ -675,8 +660,7 @@ def train(args: Args) -> Path:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        metrics = {"loss": loss, "td_loss": td_loss, "distill_loss": distill_loss, "q_values": student_q_values.mean()}
-        return {name: value.detach() for name, value in metrics.items()}
+        return {"loss": loss, "td_loss": td_loss, "distill_loss": distill_loss, "q_values": student_q_values.mean()}
 
     @torch.no_grad()
     def update_target(tau: float) -> None:

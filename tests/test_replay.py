@@ -76,9 +76,7 @@ def test_samples_are_what_a_naive_store_holds(num_envs, n_step, steps):
     """Stacks, n-step returns, discounts and next observations, before and after the ring has wrapped around."""
     replay, naive = FrameReplay(60 * num_envs, num_envs, 6), NaiveStore(num_envs)
     play(replay, naive, steps, seed=steps)
-    index = {
-        frame_number(s["obs"]): (env, t) for env, of_env in enumerate(naive.steps) for t, s in enumerate(of_env)
-    }
+    index = {frame_number(s["obs"]): (env, t) for env, of_env in enumerate(naive.steps) for t, s in enumerate(of_env)}
     batch = replay.sample(2000, n_step, 0.9, torch.Generator().manual_seed(0))
     drawn = set()
     for i in range(2000):
