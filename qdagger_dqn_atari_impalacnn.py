@@ -167,6 +167,7 @@ def make_env(env_id: str, repeat_action_probability=0.0, video_dir: str | None =
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the learner, who then closes its workers
     gym.register_envs(ale_py)
     ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)
+    gym.logger.min_level = gym.logger.ERROR
     render_mode = "rgb_array" if video_dir else None
     env = gym.make(env_id, repeat_action_probability=repeat_action_probability, render_mode=render_mode)
     if video_dir:
@@ -463,7 +464,9 @@ def find_teacher(args: Args) -> Path:
     if args.teacher != "auto":
         return Path(args.teacher)
     from huggingface_hub import errors, hf_hub_download
+    from huggingface_hub.utils import logging
 
+    logging.set_verbosity_error()  # its retries are told in one line of ours
     repo = args.teacher_policy_hf_repo or f"cleanrl/{args.env_id}-{args.teacher_model_exp_name}-seed1"
     file = f"{args.teacher_model_exp_name}.cleanrl_model"
     try:
