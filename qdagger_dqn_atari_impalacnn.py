@@ -607,14 +607,22 @@ def train(args: Args) -> Path:
     upload_repo = check_upload(args) if args.upload_model else ""
     device, actions_count = choose_device(args), num_actions(args)
 
-    teacher, teacher_path, teacher_replay = None, None, None
+    teacher, teacher_path = None, None
     if args.teacher != "none":
         teacher_path = find_teacher(args)
         teacher = load_model(teacher_path, actions_count, "--teacher").to(device, memory_format=torch.channels_last)
     offline_steps = args.offline_steps if teacher else 0
     progress = Progress(distilling=teacher is not None)
-    if offline_steps:
-        teacher_replay = FrameReplay(args.teacher_steps, args.num_envs, actions_count, device)
+    try:
+        replay = FrameReplay(args.buffer_size, args.num_envs, actions_count, device)
+        teacher_replay = (
+            FrameReplay(args.teacher_steps, args.num_envs, actions_count, device) if offline_steps else None
+        )
+    except RuntimeError as error:
+        raise UserError(
+            f"--buffer-size and --teacher-steps do not fit into memory, lower them ({first_line(error)})"
+        ) from None
+    if teacher_replay:
         names = ["env_id", "repeat_action_probability", "num_envs", "teacher_steps", "start_e", "end_e"]
         made_with = {name: getattr(args, name) for name in names}
         made_with["teacher"] = hashlib.sha256(teacher_path.read_bytes()).hexdigest()
@@ -693,7 +701,7 @@ def train(args: Args) -> Path:
             raise UserError(f"--teacher {teacher_path}: its {reason}, so lambda is undefined; {advice}another teacher")
 
     # Phase 1: the teacher fills its buffer.
-    if progress.teacher_steps < args.teacher_steps and teacher_replay:
+    if teacher_replay and progress.teacher_steps < args.teacher_steps:
         envs = make_envs(args, args.num_envs)
         with closing(envs), tqdm(total=args.teacher_steps, desc="teacher buffer", unit="step") as bar:
             obs, _ = envs.reset(seed=args.seed + 10_000)
@@ -728,7 +736,6 @@ def train(args: Args) -> Path:
         del teacher_replay
 
     # Phase 3: the student plays on by itself, and the teacher fades.
-    replay = FrameReplay(args.buffer_size, args.num_envs, actions_count, device)
     learning_starts = max(args.learning_starts, args.warm_up)
     exploration_steps = args.exploration_fraction * args.total_timesteps
     metrics, coefficient, student_return = {}, 0.0, None
@@ -769,8 +776,10 @@ def train(args: Args) -> Path:
                     student_return = float(np.mean(progress.recent_returns))
             if due(begin, args.num_envs, 100):
                 speed = progress.online_steps / (time.perf_counter() - phase_start)
-                scalars = {f"losses/{name}": value.item() for name, value in metrics.items()}
-                scalars |= {"charts/epsilon": epsilon, "charts/distill_coeff": coefficient, "charts/SPS": speed}
+                scalars = {"charts/epsilon": epsilon, "charts/distill_coeff": coefficient, "charts/SPS": speed}
+                scalars |= {f"losses/{name}": value.item() for name, value in metrics.items()}
+                if not progress.distilling:
+                    scalars.pop("losses/distill_loss", None)  # there is no teacher to differ from
                 for tag, value in scalars.items():
                     writer.add_scalar(tag, value, global_step)
                 shown = np.mean(progress.recent_returns or [np.nan])
