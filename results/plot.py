@@ -33,33 +33,36 @@ def curve(scalars: pd.DataFrame, tag: str) -> pd.DataFrame:
 
 
 def figure() -> None:
-    """Evaluations of the student and of DQN from scratch, against online steps and against wall-clock."""
+    """Left: evaluations of the student and of DQN from scratch by online step. Right: the student's by wall-clock."""
     student, scratch = (pd.read_csv(PONG / f"{name}.csv") for name in ("student", "scratch"))
     teacher_return = curve(student, "charts/teacher/avg_episodic_return").value.iloc[0]
-    offline_steps = curve(student, "charts/offline/avg_episodic_return").step.max()
+    offline = curve(student, "charts/offline/avg_episodic_return")
+    offline_steps = offline.step.max()
+    online = curve(student, "eval/episodic_return")
+    blue = {"color": "#0072B2", "marker": "o", "linestyle": "-"}
+    orange = {"color": "#D55E00", "marker": "s", "linestyle": "--"}
 
     plt.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False})
     fig, (by_step, by_time) = plt.subplots(1, 2, figsize=(10, 3.6), sharey=True)
-    runs = [
-        ("QDagger student", student, offline_steps, {"color": "#0072B2", "marker": "o", "linestyle": "-"}),
-        ("DQN from scratch", scratch, 0, {"color": "#D55E00", "marker": "s", "linestyle": "--"}),
-    ]
-    for label, scalars, first_step, style in runs:
-        online = curve(scalars, "eval/episodic_return")
-        offline = curve(scalars, "charts/offline/avg_episodic_return")
-        last_offline = offline.tail(1).assign(step=first_step)
-        by_step_points = pd.concat([last_offline, online])
-        by_step.plot((by_step_points.step - first_step) / 1000, by_step_points.value, label=label, **style)
-        by_time_points = pd.concat([offline, online])
-        by_time.plot(by_time_points.seconds / 60, by_time_points.value, label=label, **style)
-    for axes, label in ((by_step, "online steps (thousands)"), (by_time, "minutes on 2 cores, everything included")):
-        axes.axhline(teacher_return, color="black", linewidth=1, linestyle=":", label="teacher")
+    points = pd.concat([offline.tail(1), online])
+    by_step.plot((points.step - offline_steps) / 1000, points.value, label="QDagger student (Impala-CNN)", **blue)
+    control = curve(scratch, "eval/episodic_return")
+    by_step.plot(control.step / 1000, control.value, label="DQN from scratch (Impala-CNN)", **orange)
+    points = pd.concat([offline, online])
+    by_time.plot(points.seconds / 60, points.value, **blue)
+    offline_end = offline.seconds.max() / 60
+    by_time.axvline(offline_end, color="grey", linewidth=1)
+    by_time.annotate("offline ", (offline_end, -10), ha="right")
+    by_time.annotate(" online", (offline_end, -10))
+
+    titles = {by_step: "online steps (thousands)", by_time: "minutes of the student's run, everything included"}
+    for axes, label in titles.items():
+        axes.axhline(teacher_return, color="black", linewidth=1, linestyle=":", label="its teacher (Nature CNN)")
         axes.axhline(RANDOM_PONG, color="grey", linewidth=1, linestyle="-.", label="random play")
         axes.set_xlabel(label)
         axes.grid(alpha=0.3)
-    by_step.set_ylabel("mean return of 10 games")
-    by_step.set_title("Pong, one seed")
-    by_time.legend(loc="center right", frameon=False)
+    by_step.set_ylabel("mean return of 10 games of Pong")
+    by_step.legend(loc="center right", frameon=False)
     fig.tight_layout()
     fig.savefig(PONG / "pong_cpu.png", dpi=150)
 
