@@ -709,9 +709,11 @@ def train(args: Args) -> Path:
                 epsilon = linear_schedule(args.start_e, args.end_e, args.teacher_steps, progress.teacher_steps)
                 actions, teacher_q_values = act(teacher, torch.as_tensor(obs, device=device), epsilon, generator)
                 envs.step_async(actions.cpu().numpy())
-                obs, _ = finish_step(envs, teacher_replay, obs, actions, teacher_q_values)
+                obs, infos = finish_step(envs, teacher_replay, obs, actions, teacher_q_values)
                 progress.teacher_steps += args.num_envs
                 bar.update(args.num_envs)
+                for _, game_return, _ in finished_games(infos):
+                    bar.set_postfix_str(f"return={game_return:.1f}, λ=1.00", refresh=False)
         if args.teacher_buffer:
             write({"made_with": made_with, "replay": teacher_replay.state_dict()}, args.teacher_buffer)
 
