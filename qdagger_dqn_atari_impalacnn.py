@@ -466,19 +466,20 @@ def find_teacher(args: Args) -> Path:
     from huggingface_hub import errors, hf_hub_download
     from huggingface_hub.utils import logging
 
-    logging.set_verbosity_error()  # its retries are told in one line of ours
     repo = args.teacher_policy_hf_repo or f"cleanrl/{args.env_id}-{args.teacher_model_exp_name}-seed1"
     file = f"{args.teacher_model_exp_name}.cleanrl_model"
+    print(f"--teacher auto: asking the hub for {repo}")
+    logging.set_verbosity_error()  # its retries are told in one line of ours
     try:
         return Path(hf_hub_download(repo, file))
     except errors.LocalEntryNotFoundError:
         bundled = Path(__file__).parent / "teachers" / f"{args.env_id}.cleanrl_model"
-        if args.teacher_policy_hf_repo is None and bundled.exists():
+        if repo == f"cleanrl/{args.env_id}-dqn_atari-seed1" and bundled.exists():
             print(f"--teacher auto: the hub is out of reach, so the bundled {bundled.name} teaches")
             return bundled
         raise UserError(f"--teacher auto: the hub is out of reach and {repo} not in its cache; give a PATH") from None
-    except (OSError, ValueError, errors.EntryNotFoundError) as error:
-        raise UserError(f"--teacher-policy-hf-repo {repo}: no {file} there ({first_line(error)})") from None
+    except Exception as error:
+        raise UserError(f"--teacher-policy-hf-repo {repo}: no {file} from there ({first_line(error)})") from None
 
 
 def load_teacher_buffer(replay: FrameReplay, path: Path, made_with: dict) -> None:
@@ -613,15 +614,11 @@ def train(args: Args) -> Path:
         teacher = load_model(teacher_path, actions_count, "--teacher").to(device, memory_format=torch.channels_last)
     offline_steps = args.offline_steps if teacher else 0
     progress = Progress(distilling=teacher is not None)
+    new_replay = partial(FrameReplay, num_envs=args.num_envs, num_actions=actions_count, device=device)
     try:
-        replay = FrameReplay(args.buffer_size, args.num_envs, actions_count, device)
-        teacher_replay = (
-            FrameReplay(args.teacher_steps, args.num_envs, actions_count, device) if offline_steps else None
-        )
+        replay, teacher_replay = new_replay(args.buffer_size), new_replay(args.teacher_steps) if offline_steps else None
     except RuntimeError as error:
-        raise UserError(
-            f"--buffer-size and --teacher-steps do not fit into memory, lower them ({first_line(error)})"
-        ) from None
+        raise UserError(f"--buffer-size, --teacher-steps: too large for the memory ({first_line(error)})") from None
     if teacher_replay:
         names = ["env_id", "repeat_action_probability", "num_envs", "teacher_steps", "start_e", "end_e"]
         made_with = {name: getattr(args, name) for name in names}

@@ -69,12 +69,15 @@ class Hub:
     commit_hash = "c0ffee" * 6 + "c0ff"
 
     def __init__(self):
+        self.port = 0
+        self.reset()
+        self.start()
+
+    def reset(self) -> None:
         self.files: dict[tuple[str, str], bytes] = {}
         self.requests: list[tuple[str, str]] = []
         self.commits: dict[str, dict[str, bytes]] = {}
         self.fault, self.break_off = "", False
-        self.port = 0
-        self.start()
 
     def start(self) -> None:
         self.server = ThreadingHTTPServer(("127.0.0.1", self.port), type("Handler", (HubHandler,), {"hub": self}))
@@ -145,19 +148,27 @@ class HubHandler(BaseHTTPRequestHandler):
 
 
 @pytest.fixture(scope="session")
-def hub():
+def hub_server():
     with closing(Hub()) as hub:
         yield hub
+
+
+@pytest.fixture
+def hub(hub_server):
+    """The hub, empty and without faults."""
+    hub_server.reset()
+    return hub_server
 
 
 # Where the hub is and what is cached are settled when huggingface_hub is imported: hence a process of its own, which
 # is asked one thing per line.
 CLIENT = """
-import contextlib, io, json, multiprocessing, os, sys
+import contextlib, io, json, multiprocessing, os, sys, time
 import qdagger_dqn_atari_impalacnn as qdagger
 
 if "forkserver" in multiprocessing.get_all_start_methods():
     multiprocessing.get_context("forkserver").set_forkserver_preload([qdagger.__name__])
+time.sleep = lambda seconds: None  # the hub's client waits longer and longer before it tries again
 answers = sys.stdout
 for line in sys.stdin:
     asked = json.loads(line)
@@ -182,8 +193,8 @@ for line in sys.stdin:
 
 
 @pytest.fixture(scope="session")
-def hub_client(hub, tmp_path_factory):
-    """A copy of the program whose hub is `hub`; ask(find_teacher={...}) or ask(main=[flags], cwd=...).
+def hub_client(hub_server, tmp_path_factory):
+    """A copy of the program whose hub is `hub_server`; ask(find_teacher={...}) or ask(main=[flags], cwd=...).
 
     It has its own empty cache, nobody is logged in, and its teachers/ holds a file for Pong alone.
     """
@@ -191,7 +202,7 @@ def hub_client(hub, tmp_path_factory):
     shutil.copy(PROGRAM, home)
     (home / "teachers").mkdir()
     (home / "teachers" / "PongNoFrameskip-v4.cleanrl_model").write_bytes(b"bundled")
-    of_hub = {"HF_ENDPOINT": hub.url, "HF_HOME": str(home / "cache"), "HF_HUB_DISABLE_XET": "1"}
+    of_hub = {"HF_ENDPOINT": hub_server.url, "HF_HOME": str(home / "cache"), "HF_HUB_DISABLE_XET": "1"}
     process = subprocess.Popen(
         [sys.executable, "-c", CLIENT],
         cwd=home,

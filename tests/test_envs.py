@@ -1,6 +1,5 @@
 """The environments on real games: frames, rewards, ends and returns, one game or several, up to what is stored."""
 
-import multiprocessing
 from contextlib import closing
 from itertools import pairwise
 from typing import NamedTuple
@@ -27,10 +26,6 @@ gym.register(
     kwargs={**gym.spec(PONG).kwargs, "max_num_frames_per_episode": SHORT_FRAMES},
 )
 SHORT_PONG = f"{__name__}:ShortPong-v0"
-
-# Workers start in a tenth of the time when what they import is there already. Nothing but speed depends on it.
-if "forkserver" in multiprocessing.get_all_start_methods():
-    multiprocessing.get_context("forkserver").set_forkserver_preload(["qdagger_dqn_atari_impalacnn"])
 
 
 class Step(NamedTuple):
@@ -237,7 +232,7 @@ def test_actions_do_not_stick_unless_asked():
 # --- Rewards, lives and games ---
 
 
-def watch(env_id: str, num_envs: int, steps: int, seed: int):
+def watch(env_id: str, num_envs: int, steps: int, seed: int | list[int]):
     """Per vector step: the learner's rewards and ends, finished_games, and what the emulators say is over."""
     envs = gym.vector.SyncVectorEnv(
         [lambda: make_env(env_id)] * num_envs, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP
@@ -282,6 +277,16 @@ def test_a_lost_life_ends_an_episode_but_not_the_game():
         coincidences += 0 < len(over) < terminations.sum()
     assert games >= 8 and coincidences >= 1
     assert 4 * games <= lives_lost <= 4 * (games + 8)  # five lives a game
+
+
+def test_games_that_end_together_are_all_reported():
+    """Three games with a time limit, two of them of the same seed: both in one list, the third in another."""
+    together = []
+    for _, _, truncations, reported, over in watch(SHORT_PONG, 3, 100, seed=[3, 3, 4]):
+        assert reported == over
+        assert np.flatnonzero(truncations).tolist() == [env for env, *_ in over]
+        together += [[env for env, *_ in over]] * bool(over)
+    assert sorted(together) == [[0, 1], [2]]
 
 
 # --- Several games, and what is stored of them ---
