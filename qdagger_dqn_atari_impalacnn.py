@@ -471,7 +471,6 @@ def find_teacher(args: Args) -> Path:
 
     repo = args.teacher_policy_hf_repo or f"cleanrl/{args.env_id}-{args.teacher_model_exp_name}-seed1"
     file = f"{args.teacher_model_exp_name}.cleanrl_model"
-    print(f"--teacher auto: asking the hub for {repo}")
     logging.set_verbosity_error()  # its retries are told in one line of ours
     try:
         return Path(hf_hub_download(repo, file))
