@@ -186,7 +186,8 @@ def make_envs(args: Args, num_envs: int, **video) -> gym.vector.AsyncVectorEnv:
     """
     make = partial(make_env, args.env_id, args.repeat_action_probability)
     start = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
-    multiprocessing.set_forkserver_preload([Path(__file__).stem])  # workers find torch imported: seconds saved for each
+    if start == "forkserver":
+        multiprocessing.set_forkserver_preload([Path(__file__).stem])  # seconds saved for each: torch is imported once
     return gym.vector.AsyncVectorEnv(
         [partial(make, **video)] + [make] * (num_envs - 1),
         autoreset_mode=gym.vector.AutoresetMode.SAME_STEP,

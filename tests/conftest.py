@@ -4,7 +4,6 @@ import base64
 import hashlib
 import inspect
 import json
-import multiprocessing
 import os
 import shutil
 import subprocess
@@ -24,10 +23,6 @@ os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
 
 PROGRAM = Path(inspect.getsourcefile(qdagger)).resolve()
-
-# Workers start in a tenth of the time when what they import is there already. Nothing but speed depends on it.
-if "forkserver" in multiprocessing.get_all_start_methods():
-    multiprocessing.get_context("forkserver").set_forkserver_preload([qdagger.__name__])
 
 
 @pytest.fixture(scope="session")
@@ -167,11 +162,9 @@ def hub(hub_server):
 # Where the hub is and what is cached are settled when huggingface_hub is imported: hence a process of its own, which
 # is asked one thing per line.
 CLIENT = """
-import contextlib, io, json, multiprocessing, os, sys, time
+import contextlib, io, json, os, sys, time
 import qdagger_dqn_atari_impalacnn as qdagger
 
-if "forkserver" in multiprocessing.get_all_start_methods():
-    multiprocessing.get_context("forkserver").set_forkserver_preload([qdagger.__name__])
 time.sleep = lambda seconds: None  # the hub's client waits longer and longer before it tries again
 answers = sys.stdout
 for line in sys.stdin:

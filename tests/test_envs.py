@@ -104,15 +104,6 @@ def record(env_id: str, num_envs: int, seed: int, actions, repeat_action_probabi
     return replay
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Tiny tensor operations wait long for a second thread while the games' processes have the cores."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def breakout() -> tuple[np.ndarray, SpyReplay]:
     actions = random_actions(BREAKOUT, 400)
