@@ -18,6 +18,7 @@ import copy
 import difflib
 import hashlib
 import importlib.util
+import io
 import json
 import math
 import multiprocessing
@@ -25,9 +26,11 @@ import os
 import signal
 import sys
 import time
+import zipfile
 from collections import deque
 from collections.abc import Callable
-from contextlib import closing
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -94,9 +97,9 @@ class Args:
     return_baseline: Literal["zero", "random"] = "zero"  # lambda compares returns above this baseline
 
     # teacher
-    teacher: str = "auto"  # auto (from the hub), none (plain DQN from scratch), or a path to a model
+    teacher: str = "auto"  # auto (hub, else bundled), none (plain DQN from scratch), or a path: model or SB3 DQN zip
     teacher_policy_hf_repo: str | None = None  # hub repository; unset: cleanrl/{env_id}-{teacher_model_exp_name}-seed1
-    teacher_model_exp_name: str = "dqn_atari"  # the file there is {teacher_model_exp_name}.cleanrl_model
+    teacher_model_exp_name: str = "dqn_atari"  # the file there is {teacher_model_exp_name}.cleanrl_model (or dqn-*.zip)
     teacher_eval_episodes: int = 10  # games that measure the teacher
     teacher_buffer: Path | None = None  # read the teacher's buffer from this file if it exists, else write it there
 
@@ -117,6 +120,19 @@ class Args:
 
 class UserError(Exception):
     """What the user can put right: `main` shows its one line and exits with code 2."""
+
+
+@contextmanager
+def user_error(problem: str):
+    """Turn whatever goes wrong inside into a UserError that says `problem` and, in brackets, why."""
+    try:
+        yield
+    except Exception as error:
+        raise error if isinstance(error, UserError) else UserError(f"{problem} ({first_line(error)})") from None
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).split("\n")[0][:160]
 
 
 def validate(args: Args) -> None:
@@ -231,7 +247,7 @@ class AtariNetwork(nn.Module):
     """Q-values float32 (batch, num_actions) from observations uint8 (batch, 4, 84, 84)."""
 
     def forward(self, obs: torch.Tensor) -> torch.Tensor:
-        features = self.network[:-1](obs.to(memory_format=torch.channels_last) / 255)
+        features = self.network[:-1](obs.to(torch.float32, memory_format=torch.channels_last).div_(255))
         with torch.autocast(obs.device.type, enabled=False):  # bfloat16 is too coarse to tell one action from another
             return self.network[-1](features.float())
 
@@ -441,71 +457,89 @@ def write(content: dict, path: Path) -> None:
         part.unlink(missing_ok=True)
 
 
-def first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).split("\n")[0][:160]
+SB3_LAYERS = {"cnn.0": "0", "cnn.2": "2", "cnn.4": "4", "linear.0": "7"}  # of NatureCNN there, of TeacherNetwork here
+
+
+def read_state(path: Path) -> dict[str, torch.Tensor]:
+    """A model's tensors under our names: from a state dict, or from `policy.pth` in a Stable-Baselines3 DQN zip.
+
+    Nothing else in the zip is opened, and both are read with `weights_only`: a model file never runs code.
+    """
+    load = partial(torch.load, map_location="cpu", weights_only=True)
+    if not zipfile.is_zipfile(path):
+        return load(path)
+    with zipfile.ZipFile(path) as archive:  # torch's own files are zips as well
+        if "policy.pth" not in archive.namelist():
+            return load(path)
+        policy = load(io.BytesIO(archive.read("policy.pth")))
+    layers = {f"q_net.features_extractor.{theirs}": f"network.{ours}" for theirs, ours in SB3_LAYERS.items()}
+    layers["q_net.q_net.0"] = "network.9"
+    return {f"{layers[layer]}.{kind}": policy[f"{layer}.{kind}"] for layer in layers for kind in ("weight", "bias")}
 
 
 def load_model(path: Path, num_actions: int, flag: str) -> AtariNetwork:
-    """A frozen float32 network from a .cleanrl_model state dict; its tensors tell a Nature CNN from an Impala-CNN.
+    """A frozen float32 network from a model file (see read_state); its tensors tell Nature CNN from Impala-CNN.
 
-    Read with `weights_only`: a model file never runs code. UserError names `flag` if it is no model for this game.
+    UserError names `flag` if the file is no model for this game.
     """
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+    with user_error(f"{flag} {path}: no Nature CNN or Impala-CNN can be read there"):
+        state = read_state(path)
         network = (TeacherNetwork if "network.9.bias" in state else QNetwork)(num_actions)
         outputs = len(list(state.values())[-1])
-        if outputs == num_actions:
-            network.load_state_dict(state)
-    except Exception as error:
-        raise UserError(f"{flag} {path}: no Nature CNN or Impala-CNN can be read there ({first_line(error)})") from None
-    if outputs != num_actions:
-        raise UserError(f"{flag} {path}: a network for {outputs} actions, but --env-id has {num_actions}")
+        if outputs != num_actions:
+            raise UserError(f"{flag} {path}: a network for {outputs} actions, but --env-id has {num_actions}")
+        network.load_state_dict(state)
     return network.requires_grad_(False)
 
 
-def find_teacher(args: Args) -> Path:
-    """The path given; else the hub's file; else, only if the hub is out of reach, the one bundled with the program."""
+def find_teacher(args: Args) -> tuple[Path, str]:
+    """The teacher's file, and why that one: the path given, else the hub's; out of its reach, its cache's, else ours.
+
+    Whatever the hub answers but a file is a UserError: the bundled teacher is no stand-in for a wrong name.
+    """
     if args.teacher != "auto":
-        return Path(args.teacher)
-    from huggingface_hub import errors, hf_hub_download
-    from huggingface_hub.utils import logging
+        return Path(args.teacher), "as given"
+    from huggingface_hub import errors, get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
 
     repo = args.teacher_policy_hf_repo or f"cleanrl/{args.env_id}-{args.teacher_model_exp_name}-seed1"
-    file = f"{args.teacher_model_exp_name}.cleanrl_model"
-    logging.set_verbosity_error()  # its retries are told in one line of ours
-    try:
-        return Path(hf_hub_download(repo, file))
-    except errors.LocalEntryNotFoundError:
-        bundled = Path(__file__).parent / "teachers" / f"{args.env_id}.cleanrl_model"
-        if repo == f"cleanrl/{args.env_id}-dqn_atari-seed1" and bundled.exists():
-            print(f"--teacher auto: the hub is out of reach, so the bundled {bundled.name} teaches")
-            return bundled
-        raise UserError(f"--teacher auto: the hub is out of reach and {repo} not in its cache; give a PATH") from None
-    except Exception as error:
-        raise UserError(f"--teacher-policy-hf-repo {repo}: no {file} from there ({first_line(error)})") from None
+    name = repo.split("/")[-1]
+    file = f"{name}.zip" if name.startswith("dqn-") else f"{args.teacher_model_exp_name}.cleanrl_model"
+    with user_error(f"--teacher-policy-hf-repo {repo}: no {file} from there"):
+        question = partial(get_hf_file_metadata, hf_hub_url(repo, file), timeout=5)
+        try:  # once and not for long, since the client by itself tries again for half a minute
+            ThreadPoolExecutor(1).submit(question).result(timeout=8)
+        except errors.HfHubHTTPError:
+            raise
+        except Exception:
+            cached = try_to_load_from_cache(repo, file)
+        else:
+            return Path(hf_hub_download(repo, file)), f"from the hub, {repo}"
+    if cached:
+        return Path(cached), f"from the cache of {repo}: the hub is out of reach"
+    bundled = Path(__file__).parent / "teachers" / f"{args.env_id}.cleanrl_model"
+    if repo != f"cleanrl/{args.env_id}-dqn_atari-seed1" or not bundled.exists():
+        raise UserError(f"--teacher auto: the hub is out of reach and {repo} not in its cache; give a PATH")
+    if hashlib.sha256(bundled.read_bytes()).hexdigest() not in bundled.with_suffix(".md").read_text():
+        raise UserError(f"--teacher auto: {bundled} is damaged, its SHA-256 is not the one on its card; fetch it again")
+    return bundled, "bundled: the hub is out of reach"
 
 
 def load_teacher_buffer(replay: FrameReplay, path: Path, made_with: dict) -> None:
     """Fill `replay` from `path`; UserError if the file is damaged or was made with other settings."""
-    try:
+    with user_error(f"--teacher-buffer {path}: not a readable buffer"):
         content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
         differing = [name for name in made_with if content["made_with"][name] != made_with[name]]
-        if not differing:
-            replay.load_state_dict(content["replay"])
-    except Exception as error:
-        raise UserError(f"--teacher-buffer {path}: not a readable buffer ({first_line(error)})") from None
-    if differing:
-        raise UserError(f"--teacher-buffer {path}: made with another {', '.join(differing)}; name another file")
+        if differing:
+            raise UserError(f"--teacher-buffer {path}: made with another {', '.join(differing)}; name another file")
+        replay.load_state_dict(content["replay"])
 
 
 def check_upload(args: Args) -> str:
     """The hub repository that the model will go to; UserError if nobody is logged in or may not write there."""
     from huggingface_hub import whoami
 
-    try:
+    with user_error("--upload-model: log in with `hf auth login` first"):
         user = whoami()
-    except Exception as error:
-        raise UserError(f"--upload-model: log in with `hf auth login` first ({first_line(error)})") from None
     entity = args.hf_entity or user["name"]
     if entity not in [user["name"], *(organisation["name"] for organisation in user.get("orgs", []))]:
         raise UserError(f"--hf-entity {entity}: {user['name']} is not a member of it")
@@ -521,12 +555,10 @@ def upload_model(args: Args, repo: str, run_dir: Path, returns: list[float]) -> 
     data = ModelCardData(model_name=args.exp_name, tags=[args.env_id, task], pipeline_tag=task, eval_results=[result])
     command = f"python {Path(__file__).name} --env-id {args.env_id} --evaluate {args.exp_name}.cleanrl_model"
     text = f"# QDagger on {args.env_id}\n\n{score} over {len(returns)} games, epsilon {args.end_e}.\n\n    {command}\n"
-    try:
+    with user_error(f"--upload-model: {repo} did not take {run_dir}, which stays as it is"):
         (run_dir / "README.md").write_text(f"---\n{data}\n---\n{text}")
         HfApi().create_repo(repo, exist_ok=True)
         HfApi().upload_folder(repo_id=repo, folder_path=run_dir, commit_message=score)
-    except Exception as error:
-        raise UserError(f"--upload-model: {repo} did not take it ({first_line(error)}); {run_dir} keeps it") from None
 
 
 # --- Evaluation ---
@@ -611,17 +643,16 @@ def train(args: Args) -> Path:
     upload_repo = check_upload(args) if args.upload_model else ""
     device, actions_count = choose_device(args), num_actions(args)
 
-    teacher, teacher_path = None, None
+    teacher, teacher_path, reason = None, None, None
     if args.teacher != "none":
-        teacher_path = find_teacher(args)
+        teacher_path, reason = find_teacher(args)
+        print(f"teacher: {teacher_path}, {reason}")
         teacher = load_model(teacher_path, actions_count, "--teacher").to(device, memory_format=torch.channels_last)
     offline_steps = args.offline_steps if teacher else 0
     progress = Progress(distilling=teacher is not None)
     new_replay = partial(FrameReplay, num_envs=args.num_envs, num_actions=actions_count, device=device)
-    try:
+    with user_error("--buffer-size, --teacher-steps: too large for the memory"):
         replay, teacher_replay = new_replay(args.buffer_size), new_replay(args.teacher_steps) if offline_steps else None
-    except RuntimeError as error:
-        raise UserError(f"--buffer-size, --teacher-steps: too large for the memory ({first_line(error)})") from None
     if teacher_replay:
         names = ["env_id", "repeat_action_probability", "num_envs", "teacher_steps", "start_e", "end_e"]
         made_with = {name: getattr(args, name) for name in names}
@@ -633,21 +664,21 @@ def train(args: Args) -> Path:
     run_name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"
     run_dir = Path("runs") / run_name
     video_dir = str(run_dir / "videos") if args.capture_video else None
-    try:
+    with user_error(f"cannot start {run_dir}"):
         run_dir.mkdir(parents=True)
         if args.track:
             import wandb
 
             project, entity = args.wandb_project_name, args.wandb_entity
             wandb.init(project=project, entity=entity, name=run_name, config=asdict(args), sync_tensorboard=True)
-    except Exception as error:
-        raise UserError(f"cannot start {run_dir}: {first_line(error)}") from None
-    settings = {**asdict(args), "teacher_path": teacher_path, "device": device, "torch": torch.__version__}
+    settings = asdict(args) | {"teacher_path": teacher_path, "teacher_reason": reason}
+    settings |= {"device": device, "torch": torch.__version__}
     (run_dir / "hyperparameters.json").write_text(json.dumps(settings, indent=2, default=str))
     writer = SummaryWriter(run_dir)
     rows = "\n".join(f"|{name}|{value}|" for name, value in settings.items())
     writer.add_text("hyperparameters", f"|name|value|\n|-|-|\n{rows}")
 
+    torch.set_flush_denormal(True)  # Adam's averages decay into denormal numbers, many times slower on a CPU
     torch.manual_seed(args.seed)  # the network's first weights
     generator = torch.Generator(device).manual_seed(args.seed)  # exploration and sampling
     torch.backends.cudnn.deterministic = args.torch_deterministic
@@ -694,11 +725,11 @@ def train(args: Args) -> Path:
         if args.return_baseline == "random":
             baseline_return = float(np.mean(evaluate(teacher, args, args.teacher_eval_episodes, device, epsilon=1.0)))
         writer.add_scalar("charts/teacher/avg_episodic_return", teacher_return, 0)
-        print(f"teacher: {teacher_path}, mean return {teacher_return:.2f}")
+        print(f"teacher: mean return {teacher_return:.2f} over {args.teacher_eval_episodes} games")
         if teacher_return <= baseline_return:
             advice = "--return-baseline random or " if args.return_baseline == "zero" else ""
-            reason = f"mean return {teacher_return:.2f} is not above the baseline {baseline_return:.2f}"
-            raise UserError(f"--teacher {teacher_path}: its {reason}, so lambda is undefined; {advice}another teacher")
+            comparison = f"mean return {teacher_return:.2f} is not above the baseline {baseline_return:.2f}"
+            raise UserError(f"--teacher {teacher_path}: its {comparison}, so no lambda; {advice}another teacher")
 
     # Phase 1: the teacher fills its buffer.
     if teacher_replay and progress.teacher_steps < args.teacher_steps:

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 from contextlib import closing
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -62,7 +63,8 @@ class Hub:
     """As much of the hub's protocol as downloads, log-ins and commits need, over HTTP on the loopback interface.
 
     `files` maps (repository, file name) to content; what is missing is answered like the hub does. `fault` makes it
-    answer 500 to a request whose path contains that word; `break_off` makes it hang up halfway through each content.
+    answer `status` to a request whose path contains that word; `break_off` makes it hang up halfway through each
+    content, `stall` fall silent there, `silent` say nothing at all, as long as they are True.
     """
 
     commit_hash = "c0ffee" * 6 + "c0ff"
@@ -76,7 +78,7 @@ class Hub:
         self.files: dict[tuple[str, str], bytes] = {}
         self.requests: list[tuple[str, str]] = []
         self.commits: dict[str, dict[str, bytes]] = {}
-        self.fault, self.break_off = "", False
+        self.fault, self.status, self.break_off, self.stall, self.silent = "", 500, False, False, False
 
     def start(self) -> None:
         self.server = ThreadingHTTPServer(("127.0.0.1", self.port), type("Handler", (HubHandler,), {"hub": self}))
@@ -105,12 +107,18 @@ class HubHandler(BaseHTTPRequestHandler):
             self.send_header(name.replace("_", "-"), str(value))
         self.end_headers()
         if self.command != "HEAD":
-            self.wfile.write(content[: len(content) // 2] if self.hub.break_off else content)
+            self.wfile.write(content[: len(content) // 2])
+            while self.hub.stall:
+                time.sleep(0.05)
+            if not self.hub.break_off:
+                self.wfile.write(content[len(content) // 2 :])
 
     def do_HEAD(self) -> None:
         self.hub.requests.append((self.command, self.path))
+        while self.hub.silent:
+            time.sleep(0.05)
         if self.hub.fault and self.hub.fault in self.path:
-            return self.answer(500)
+            return self.answer(self.hub.status)
         if self.path == "/api/whoami-v2":
             if self.headers["Authorization"] != "Bearer hf_right":
                 return self.answer(401)
@@ -129,7 +137,7 @@ class HubHandler(BaseHTTPRequestHandler):
         self.hub.requests.append((self.command, self.path))
         body = self.rfile.read(int(self.headers["Content-Length"]))
         if self.hub.fault and self.hub.fault in self.path:
-            return self.answer(500)
+            return self.answer(self.hub.status)
         answer = {}
         if self.path == "/api/repos/create":
             asked = json.loads(body)
@@ -173,7 +181,8 @@ for line in sys.stdin:
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
             if "find_teacher" in asked:
-                answer["path"] = str(qdagger.find_teacher(qdagger.Args(**asked["find_teacher"])))
+                path, answer["reason"] = qdagger.find_teacher(qdagger.Args(**asked["find_teacher"]))
+                answer["path"] = str(path)
             else:
                 os.environ.pop("HF_TOKEN", None)
                 os.environ.update(asked["environment"])
@@ -193,13 +202,16 @@ for line in sys.stdin:
 def hub_client(hub_server, tmp_path_factory):
     """A copy of the program whose hub is `hub_server`; ask(find_teacher={...}) or ask(main=[flags], cwd=...).
 
-    It has its own empty cache, nobody is logged in, and its teachers/ holds a file for Pong alone.
+    It has its own empty cache, nobody is logged in; its teachers/ holds a file for Pong, and a damaged one for Qbert.
     """
     home = tmp_path_factory.mktemp("hub_client")
     shutil.copy(PROGRAM, home)
     (home / "teachers").mkdir()
-    (home / "teachers" / "PongNoFrameskip-v4.cleanrl_model").write_bytes(b"bundled")
+    for env_id, summed in {"PongNoFrameskip-v4": b"bundled", "QbertNoFrameskip-v4": b"what it was"}.items():
+        (home / "teachers" / f"{env_id}.cleanrl_model").write_bytes(b"bundled")
+        (home / "teachers" / f"{env_id}.md").write_text(f"SHA-256 `{hashlib.sha256(summed).hexdigest()}`")
     of_hub = {"HF_ENDPOINT": hub_server.url, "HF_HOME": str(home / "cache"), "HF_HUB_DISABLE_XET": "1"}
+    of_hub["HF_HUB_DOWNLOAD_TIMEOUT"] = "1"  # seconds without a byte, instead of 10
     process = subprocess.Popen(
         [sys.executable, "-c", CLIENT],
         cwd=home,

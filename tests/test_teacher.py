@@ -2,10 +2,18 @@
 
 import copy
 import io
+import pickle
+import shutil
+import time
+import zipfile
 from pathlib import Path
 
+import gymnasium as gym
+import numpy as np
 import pytest
 import torch
+from stable_baselines3 import DQN, PPO
+from stable_baselines3.common.base_class import BaseAlgorithm
 
 import qdagger_dqn_atari_impalacnn as qdagger
 from qdagger_dqn_atari_impalacnn import Args, FrameReplay, QNetwork, TeacherNetwork, UserError, load_model
@@ -131,6 +139,96 @@ def test_a_model_file_never_runs_code(tmp_path, content, legacy):
     assert victim.exists()
 
 
+# --- Stable-Baselines3 ---
+
+
+class Screen(gym.Env):
+    """A game's shape for stable-baselines3: stacked frames in, `num_actions` out."""
+
+    observation_space = gym.spaces.Box(0, 255, (84, 84, 4), np.uint8)
+
+    def __init__(self, num_actions: int):
+        self.action_space = gym.spaces.Discrete(num_actions)
+
+    def reset(self, seed=None, options=None):
+        super().reset(seed=seed)
+        return self.observation_space.sample(), {}
+
+
+@pytest.fixture(scope="module")
+def zipped(tmp_path_factory):
+    """zipped(num_actions, algorithm=DQN): (file, model), saved by stable-baselines3 itself."""
+    directory = tmp_path_factory.mktemp("sb3")
+
+    def make(num_actions: int, algorithm=DQN) -> tuple[Path, BaseAlgorithm]:
+        small = {"buffer_size": 1} if algorithm is DQN else {}
+        model = algorithm("CnnPolicy", Screen(num_actions), device="cpu", **small)
+        path = directory / f"{algorithm.__name__}{num_actions}.zip"
+        model.save(path)
+        return path, model
+
+    return make
+
+
+def test_a_stable_baselines3_zip_has_the_q_values_of_its_model(zipped, tmp_path):
+    """Whatever the file is called: what counts is what is in it."""
+    path, model = zipped(6)
+    renamed = shutil.copy(path, tmp_path / "a.cleanrl_model")
+    obs = torch.randint(256, (5, 4, 84, 84), dtype=torch.uint8)
+    with torch.no_grad():
+        expected = model.q_net(obs)
+        assert not torch.equal(expected, torch.zeros_like(expected))
+        for file in (path, renamed):
+            network = load_model(file, 6, "--teacher")
+            assert type(network) is TeacherNetwork
+            torch.testing.assert_close(network(obs), expected, rtol=0, atol=1e-6)
+
+
+def test_a_stable_baselines3_zip_of_another_game_or_algorithm_is_refused(zipped):
+    path, _ = zipped(6)
+    assert "6 actions" in refusal(load_model, path, 4, "--teacher")
+    path, _ = zipped(4, PPO)
+    message = refusal(load_model, path, 4, "--teacher")
+    assert message.startswith(f"--teacher {path}: ") and "q_net" in message
+
+
+@pytest.mark.parametrize("member", ["policy_pth", "pytorch_variables_pth", "policy_optimizer_pth", "data"])
+def test_a_zip_never_runs_code_and_only_its_policy_is_read(zipped, tmp_path, member):
+    path, victim = zipped(4)[0], tmp_path / "victim"
+    payload = saved(Malicious(victim)) if member != "data" else pickle.dumps(Malicious(victim))
+    changed = tmp_path / "changed.zip"
+    with zipfile.ZipFile(path) as source, zipfile.ZipFile(changed, "w") as target:
+        names = source.namelist()
+        (replaced,) = [each for each in names if each.replace(".", "_") == member]
+        for each in names:
+            target.writestr(each, payload if each == replaced else source.read(each))
+    if member == "policy_pth":
+        assert refusal(load_model, changed, 4, "--teacher").startswith(f"--teacher {changed}: ")
+    else:
+        load_model(changed, 4, "--teacher")
+    assert not victim.exists()
+
+
+@pytest.mark.parametrize("share", [0.01, 0.5, 0.99, 0.9999])
+def test_a_truncated_zip_is_refused(zipped, tmp_path, share):
+    content = zipped(4)[0].read_bytes()
+    path = tmp_path / "cut.zip"
+    path.write_bytes(content[: int(share * len(content))])
+    assert refusal(load_model, path, 4, "--teacher").startswith(f"--teacher {path}: ")
+
+
+def test_a_damaged_zip_is_refused(zipped, tmp_path):
+    """One byte of the policy is another: the zip's own sum tells."""
+    path, _ = zipped(4)
+    content = bytearray(path.read_bytes())
+    with zipfile.ZipFile(path) as archive:
+        member = archive.getinfo("policy.pth")
+    content[member.header_offset + member.compress_size // 2] ^= 0xFF
+    damaged = tmp_path / "damaged.zip"
+    damaged.write_bytes(content)
+    assert refusal(load_model, damaged, 4, "--teacher").startswith(f"--teacher {damaged}: ")
+
+
 # --- The hub ---
 
 
@@ -154,6 +252,7 @@ def test_the_default_teacher_comes_from_the_hub(hub, hub_client):
     loaded = load_model(answer["path"], 9, "--teacher")
     obs = torch.randint(256, (3, 4, 84, 84), dtype=torch.uint8)
     assert torch.equal(loaded(obs), teacher.requires_grad_(False)(obs))
+    assert answer["reason"] == f"from the hub, {repository(MS_PACMAN)}"
     asked = [path for _, path in hub.requests if "/resolve/" in path]
     assert set(asked) == {f"/{repository(MS_PACMAN)}/resolve/main/dqn_atari.cleanrl_model"}
 
@@ -170,6 +269,7 @@ def test_a_cached_teacher_needs_no_hub(hub, hub_client, seen_before):
     hub.start()
     if seen_before:
         assert torch.load(answer["path"]) == env_id
+        assert repository(env_id) in answer["reason"] and "cache" in answer["reason"]
     else:
         assert "--teacher auto" in answer["error"] and repository(env_id) in answer["error"]
 
@@ -203,23 +303,48 @@ def test_an_impossible_repository_name_is_refused(hub, hub_client, name):
     assert len(answer["error"].splitlines()) == 1
 
 
-def test_a_hub_in_trouble_or_a_broken_download_ends_in_a_line(hub, hub_client):
-    """An answer of 500, and a connection that ends halfway: UserError, and no half file that a later run would find."""
-    env_id = "AssaultNoFrameskip-v4"
+@pytest.mark.parametrize("status", [401, 403, 500, 503])
+def test_a_hub_that_answers_with_an_error_is_told_from_one_out_of_reach(hub, hub_client, status):
+    """Its answer is in the line, and the bundled teacher of the game is not used."""
+    hub.files[repository(PONG), "dqn_atari.cleanrl_model"] = saved(nature_state())
+    hub.fault, hub.status = "resolve", status
+    answer = hub_client(find_teacher={"env_id": PONG})
+    assert answer["error"].startswith(f"UserError: --teacher-policy-hf-repo {repository(PONG)}: ")
+    assert str(status) in answer["error"] and len(answer["error"].splitlines()) == 1
+
+
+@pytest.mark.parametrize("fault, env_id", [("break_off", "AssaultNoFrameskip-v4"), ("stall", "AsterixNoFrameskip-v4")])
+def test_a_broken_download_ends_in_a_line(hub, hub_client, fault, env_id):
+    """A connection that ends halfway, or goes quiet: UserError, and no half file that a later run would find."""
     hub.files[repository(env_id), "dqn_atari.cleanrl_model"] = content = saved(nature_state())
-    hub.fault = "resolve"
-    assert hub_client(find_teacher={"env_id": env_id})["error"].startswith("UserError: --teacher")
-    hub.fault, hub.break_off = "", True
-    assert hub_client(find_teacher={"env_id": env_id})["error"].startswith("UserError: --teacher")
-    hub.break_off = False
+    setattr(hub, fault, True)
+    answer = hub_client(find_teacher={"env_id": env_id})
+    assert answer["error"].startswith(f"UserError: --teacher-policy-hf-repo {repository(env_id)}: ")
+    setattr(hub, fault, False)
     assert Path(hub_client(find_teacher={"env_id": env_id})["path"]).read_bytes() == content
 
 
-def test_out_of_reach_the_bundled_teacher_teaches_and_says_so(hub_out_of_reach, hub_client):
+@pytest.mark.parametrize("silent", [False, True], ids=["nobody listens", "nobody answers"])
+def test_out_of_reach_the_bundled_teacher_teaches_within_ten_seconds(hub, hub_client, silent):
+    start = time.perf_counter()
+    if silent:
+        hub.silent = True
+    else:
+        hub.close()
     answer = hub_client(find_teacher={"env_id": PONG})
+    seconds = time.perf_counter() - start
+    if silent:
+        hub.silent = False
+    else:
+        hub.start()
     assert Path(answer["path"]).read_bytes() == b"bundled"
-    assert len(answer["out"].splitlines()) == 1
-    assert "--teacher auto" in answer["out"] and "bundled" in answer["out"] and PONG in answer["out"]
+    assert answer["reason"] == "bundled: the hub is out of reach"
+    assert seconds < 10
+
+
+def test_a_damaged_bundled_teacher_is_refused(hub_out_of_reach, hub_client):
+    error = hub_client(find_teacher={"env_id": "QbertNoFrameskip-v4"})["error"]
+    assert error.startswith("UserError: --teacher auto: ") and "SHA-256" in error
 
 
 def test_out_of_reach_without_a_bundled_teacher_is_refused(hub_out_of_reach, hub_client):
@@ -231,6 +356,16 @@ def test_out_of_reach_without_a_bundled_teacher_is_refused(hub_out_of_reach, hub
 def test_a_bundled_teacher_is_no_stand_in_for_one_asked_for_by_name(hub_out_of_reach, hub_client):
     answer = hub_client(find_teacher={"env_id": PONG, "teacher_policy_hf_repo": "bob/pong"})
     assert answer.get("error", "").startswith("UserError: --teacher"), answer
+
+
+@pytest.mark.parametrize("repo, file", [("sb3/dqn-PongNoFrameskip-v4", "dqn-PongNoFrameskip-v4.zip")])
+def test_the_hub_s_stable_baselines3_teachers(hub, hub_client, zipped, repo, file):
+    path, model = zipped(6)
+    hub.files[repo, file] = path.read_bytes()
+    answer = hub_client(find_teacher={"env_id": PONG, "teacher_policy_hf_repo": repo})
+    obs = torch.randint(256, (3, 4, 84, 84), dtype=torch.uint8)
+    with torch.no_grad():
+        torch.testing.assert_close(load_model(answer["path"], 6, "--teacher")(obs), model.q_net(obs), rtol=0, atol=1e-6)
 
 
 def test_a_path_asks_nobody(hub, hub_client):
@@ -285,6 +420,17 @@ def test_a_second_student_learns_from_the_first_one_s_buffer(buffer, buffer_run,
     assert first.keys() == second.keys() and first["written"].tolist() == [20, 20]
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("kind", ["nature", "impala", "zip"])
+def test_a_student_learns_from_each_kind_of_teacher(buffer_run, make_model, zipped, kind):
+    """Two updates on real games that this teacher played: its Q-values are what is imitated."""
+    path = zipped(4)[0] if kind == "zip" else make_model(4, kind)
+    replay = buffer_run(teacher=str(path))
+    batch = replay.sample(64, 1, 0.99, torch.Generator().manual_seed(0))
+    expected = load_model(path, 4, "--teacher")(batch.obs)
+    assert expected.std(dim=1).min() > 0
+    torch.testing.assert_close(batch.teacher_q_values, expected, rtol=0, atol=1e-4)
 
 
 def test_the_buffer_holds_what_the_teacher_did(buffer, make_model):
