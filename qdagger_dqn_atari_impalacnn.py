@@ -626,6 +626,39 @@ def num_actions(args: Args) -> int:
         return int(env.action_space.n)
 
 
+def measure_teacher(args: Args, teacher: nn.Module, device: torch.device) -> tuple[float, float]:
+    """Phase 0: mean returns of the teacher and of the baseline; UserError if the teacher is not the better one."""
+    teacher_return = float(np.mean(evaluate(teacher, args, args.teacher_eval_episodes, device)))
+    baseline_return, advice = 0.0, "--return-baseline random or "
+    if args.return_baseline == "random":
+        baseline_return = float(np.mean(evaluate(teacher, args, args.teacher_eval_episodes, device, epsilon=1.0)))
+        advice = ""
+    print(f"teacher: mean return {teacher_return:.2f} over {args.teacher_eval_episodes} games")
+    if teacher_return <= baseline_return:
+        comparison = f"mean return {teacher_return:.2f} is not above the baseline {baseline_return:.2f}"
+        raise UserError(f"--teacher {args.teacher}: its {comparison}, so no lambda; {advice}another teacher")
+    return teacher_return, baseline_return
+
+
+def start_run(args: Args, **facts) -> tuple[Path, SummaryWriter]:
+    """A new directory under runs/ with every flag and the `facts` in it, and the writer of its event file."""
+    run_name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"
+    run_dir = Path("runs") / run_name
+    with user_error(f"cannot start {run_dir}"):
+        run_dir.mkdir(parents=True)
+        if args.track:
+            import wandb
+
+            project, entity = args.wandb_project_name, args.wandb_entity
+            wandb.init(project=project, entity=entity, name=run_name, config=asdict(args), sync_tensorboard=True)
+        settings = asdict(args) | facts
+        (run_dir / "hyperparameters.json").write_text(json.dumps(settings, indent=2, default=str))
+        writer = SummaryWriter(run_dir)
+    rows = "\n".join(f"|{name}|{value}|" for name, value in settings.items())
+    writer.add_text("hyperparameters", f"|name|value|\n|-|-|\n{rows}")
+    return run_dir, writer
+
+
 def finish_step(envs, replay: FrameReplay, obs, actions, teacher_q_values) -> tuple[np.ndarray, dict]:
     """Wait for the step that `envs.step_async(actions)` began at `obs`, store it, return the next obs and infos."""
     next_obs, rewards, terminations, truncations, infos = envs.step_wait()
@@ -639,6 +672,7 @@ def finish_step(envs, replay: FrameReplay, obs, actions, teacher_q_values) -> tu
 
 def train(args: Args) -> Path:
     """Run all phases and return the run's directory. UserError, before any work, for what cannot work."""
+    torch.set_flush_denormal(True)  # Adam's averages decay into denormal numbers, which make a CPU crawl
     validate(args)
     upload_repo = check_upload(args) if args.upload_model else ""
     device, actions_count = choose_device(args), num_actions(args)
@@ -661,24 +695,14 @@ def train(args: Args) -> Path:
             load_teacher_buffer(teacher_replay, args.teacher_buffer, made_with)
             progress.teacher_steps = args.teacher_steps
 
-    run_name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"
-    run_dir = Path("runs") / run_name
+    teacher_return, baseline_return = measure_teacher(args, teacher, device) if teacher else (0.0, 0.0)
+
+    facts = {"teacher_path": teacher_path, "teacher_reason": reason, "device": device, "torch": torch.__version__}
+    run_dir, writer = start_run(args, **facts)
     video_dir = str(run_dir / "videos") if args.capture_video else None
-    with user_error(f"cannot start {run_dir}"):
-        run_dir.mkdir(parents=True)
-        if args.track:
-            import wandb
+    if teacher:
+        writer.add_scalar("charts/teacher/avg_episodic_return", teacher_return, 0)
 
-            project, entity = args.wandb_project_name, args.wandb_entity
-            wandb.init(project=project, entity=entity, name=run_name, config=asdict(args), sync_tensorboard=True)
-    settings = asdict(args) | {"teacher_path": teacher_path, "teacher_reason": reason}
-    settings |= {"device": device, "torch": torch.__version__}
-    (run_dir / "hyperparameters.json").write_text(json.dumps(settings, indent=2, default=str))
-    writer = SummaryWriter(run_dir)
-    rows = "\n".join(f"|{name}|{value}|" for name, value in settings.items())
-    writer.add_text("hyperparameters", f"|name|value|\n|-|-|\n{rows}")
-
-    torch.set_flush_denormal(True)  # Adam's averages decay into denormal numbers, many times slower on a CPU
     torch.manual_seed(args.seed)  # the network's first weights
     generator = torch.Generator(device).manual_seed(args.seed)  # exploration and sampling
     torch.backends.cudnn.deterministic = args.torch_deterministic
@@ -717,19 +741,6 @@ def train(args: Args) -> Path:
         if args.save_model:
             write(q_network.state_dict(), run_dir / f"{args.exp_name}.cleanrl_model")
         return returns
-
-    # Phase 0: how good is the teacher, and, if that is the baseline, how good is chance?
-    teacher_return = baseline_return = 0.0
-    if teacher:
-        teacher_return = float(np.mean(evaluate(teacher, args, args.teacher_eval_episodes, device)))
-        if args.return_baseline == "random":
-            baseline_return = float(np.mean(evaluate(teacher, args, args.teacher_eval_episodes, device, epsilon=1.0)))
-        writer.add_scalar("charts/teacher/avg_episodic_return", teacher_return, 0)
-        print(f"teacher: mean return {teacher_return:.2f} over {args.teacher_eval_episodes} games")
-        if teacher_return <= baseline_return:
-            advice = "--return-baseline random or " if args.return_baseline == "zero" else ""
-            comparison = f"mean return {teacher_return:.2f} is not above the baseline {baseline_return:.2f}"
-            raise UserError(f"--teacher {teacher_path}: its {comparison}, so no lambda; {advice}another teacher")
 
     # Phase 1: the teacher fills its buffer.
     if teacher_replay and progress.teacher_steps < args.teacher_steps:
