@@ -37,6 +37,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 import ale_py
+import cv2
 import gymnasium as gym
 import numpy as np
 import torch
@@ -181,6 +182,7 @@ def make_env(env_id: str, repeat_action_probability=0.0, video_dir: str | None =
     """
     if multiprocessing.parent_process() is not None:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the learner, who then closes its workers
+    cv2.setNumThreads(1)  # a frame is too small to share among threads, and other games need the cores
     gym.register_envs(ale_py)
     ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)
     gym.logger.min_level = gym.logger.ERROR

@@ -1,0 +1,137 @@
+"""How fast every phase runs on this machine, for each way of running it, and beside another script of the same flags.
+
+    python results/speed.py --out results/speed/NAME.json
+    python results/speed.py --against PATH/TO/OTHER.py --python PATH/TO/ITS/PYTHON
+
+Each run is a short training of all three phases in a process and a directory of its own. Steps per second come from the
+wall-clock times in its event file, so that start, evaluations and warm-up are left out. The numbers are medians over
+`repeats`; the variants take turns, so that a machine that slows down slows all of them.
+"""
+
+import json
+import os
+import platform
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+import tyro
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+PROGRAM = Path(__file__).resolve().parent.parent / "qdagger_dqn_atari_impalacnn.py"
+PHASES = {"teacher buffer": "steps/s", "offline": "updates/s", "online": "steps/s"}
+SKIPPED = 2  # of the intervals between two logged points: first calls compile, allocate and warm caches
+
+
+@dataclass
+class Args:
+    env_id: str = "BreakoutNoFrameskip-v4"
+    teacher: Path | None = None  # a Nature-CNN state dict; unset: the bundled one
+    variants: tuple[str, ...] = ("", "--amp")  # flags of this program, one run each
+    against: Path | None = None  # another script of the same flags
+    python: Path = Path(sys.executable)  # that runs it
+    teacher_steps: int = 4000
+    offline_steps: int = 1000
+    total_timesteps: int = 4000  # of which the first 400 only fill the replay
+    repeats: int = 3
+    out: Path | None = None  # write the table and every single number here, as JSON
+
+
+def local_hub(home: Path, env_id: str, teacher: Path) -> dict[str, str]:
+    """A hub cache in `home` that holds `teacher` as the default one of `env_id`; the variables that make it be used."""
+    repository = home / "hub" / f"models--cleanrl--{env_id}-dqn_atari-seed1"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("local")
+    (repository / "snapshots" / "local").mkdir(parents=True)
+    shutil.copy(teacher, repository / "snapshots" / "local" / "dqn_atari.cleanrl_model")
+    return {"HF_HOME": str(home), "HF_HUB_OFFLINE": "1"}
+
+
+def rate(events: EventAccumulator, tag: str) -> float:
+    """Steps per second along the points of `tag`, but for the first few."""
+    points = events.Scalars(tag)[SKIPPED:]
+    return (points[-1].step - points[0].step) / (points[-1].wall_time - points[0].wall_time)
+
+
+def teacher_buffer_rate(events: EventAccumulator, progress: str, teacher_steps: int) -> float:
+    """As its progress bar says in the end; for a script without one, from the teacher's score to the first update."""
+    bar = re.findall(rf"teacher buffer: 100%.*?{teacher_steps}/{teacher_steps} \[.*?, *([\d.]+)step/s", progress)
+    if bar:
+        return float(bar[-1])
+    start = events.Scalars("charts/teacher/avg_episodic_return")[0].wall_time
+    return teacher_steps / (events.Scalars("charts/offline/loss")[0].wall_time - start)
+
+
+def measure(command: list, args: Args) -> dict[str, float]:
+    """One short training: steps or updates per second of each phase, and peak memory in GB."""
+    counts = ["teacher_steps", "offline_steps", "total_timesteps"]
+    flags = [f"--{name.replace('_', '-')}={getattr(args, name)}" for name in counts]
+    flags += [f"--env-id={args.env_id}", "--teacher-eval-episodes=1", "--learning-starts=400", "--buffer-size=20000"]
+    with tempfile.TemporaryDirectory() as directory:
+        variables = os.environ | local_hub(Path(directory) / "home", args.env_id, args.teacher)
+        log = Path(directory) / "log"
+        with log.open("w") as file:
+            process = subprocess.Popen([*command, *flags], cwd=directory, env=variables, stdout=file, stderr=file)
+            _, status, usage = os.wait4(process.pid, 0)
+        if status:
+            raise SystemExit(f"{command} failed:\n{log.read_text()[-2000:]}")
+        (run,) = (Path(directory) / "runs").iterdir()
+        events = EventAccumulator(str(run), size_guidance={"scalars": 0})
+        events.Reload()
+        progress = log.read_text()
+    return {
+        "teacher buffer": teacher_buffer_rate(events, progress, args.teacher_steps),
+        "offline": rate(events, "charts/offline/loss"),
+        "online": rate(events, "losses/td_loss"),
+        "peak GB": usage.ru_maxrss / 1e6,  # of the largest of its processes
+    }
+
+
+def processor() -> str:
+    names = (
+        re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()) if Path("/proc/cpuinfo").exists() else []
+    )
+    return f"{os.cpu_count()} cores of {names[0] if names else platform.processor() or platform.machine()}"
+
+
+def main() -> None:
+    args = tyro.cli(Args, description=__doc__)
+    args.teacher = args.teacher or PROGRAM.parent / "teachers" / f"{args.env_id}.cleanrl_model"
+    commands = {f"this program {flags}".strip(): [sys.executable, PROGRAM, *flags.split()] for flags in args.variants}
+    if args.against:
+        commands["other script"] = [args.python.absolute(), args.against.resolve()]
+    runs: dict[str, list[dict]] = {name: [] for name in commands}
+    for repeat in range(args.repeats):
+        for name, command in commands.items():
+            runs[name].append(measure(command, args))
+            print(f"{repeat + 1}/{args.repeats} {name}: {runs[name][-1]}", file=sys.stderr)
+
+    medians = {
+        name: {phase: statistics.median(run[phase] for run in of_name) for phase in of_name[0]}
+        for name, of_name in runs.items()
+    }
+    print("| | " + " | ".join(f"{phase}, {unit}" for phase, unit in PHASES.items()) + " | ms per offline update |")
+    print("|---" * (len(PHASES) + 2) + "|")
+    for name, median in medians.items():
+        other = medians.get("other script", {})
+        cells = [f"{median[p]:.1f}" + (f" ({median[p] / other[p]:.1f}×)" if other else "") for p in PHASES]
+        print(f"| {name} | " + " | ".join(cells) + f" | {1000 / median['offline']:.1f} |")
+    if args.out:
+        gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+        packages = ["torch", "gymnasium", "ale-py", "stable-baselines3"]
+        machine = {"cpu": processor(), "gpu": gpu, "python": platform.python_version()}
+        machine |= {package: version(package) for package in packages}
+        settings = {name: str(value) for name, value in vars(args).items()}
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(json.dumps({"machine": machine, "settings": settings, "runs": runs}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
