@@ -27,11 +27,12 @@ import signal
 import sys
 import time
 import zipfile
+import zlib
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
-from dataclasses import asdict, dataclass, field
+from contextlib import closing, contextmanager, suppress
+from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -108,6 +109,10 @@ class Args:
     network: Literal["impala", "nature"] = "impala"  # the network that learns
     amp: bool = False  # all layers but the last in bfloat16: faster where the hardware has it, rounded otherwise
 
+    # checkpoints
+    checkpoint_frequency: int | None = None  # steps or updates between checkpoints; unset: every 10 minutes; 0: never
+    resume: Path | None = None  # go on with this run, runs/RUN, from its last checkpoint, with its flags
+
     # evaluation
     eval_frequency: int = 500_000  # online steps between evaluations; 0: at the end only
     eval_episodes: int = 10  # games in each of them
@@ -152,7 +157,7 @@ def validate(args: Args) -> None:
     for flag in [*counts, "learning_rate", "adam_eps", "temperature", "teacher_eval_episodes", "eval_episodes"]:
         require(0 < getattr(args, flag) < math.inf, flag, "must be above 0")
     phases = ["total_timesteps", "learning_starts", "teacher_steps", "offline_steps", "distill_steps"]
-    for flag in [*phases, "seed", "distill_coef", "eval_frequency"]:
+    for flag in [*phases, "seed", "distill_coef", "eval_frequency", "checkpoint_frequency"]:
         require(0 <= (getattr(args, flag) or 0) < math.inf, flag, "must not be negative")
     for flag in ["gamma", "tau", "start_e", "end_e", "exploration_fraction", "repeat_action_probability"]:
         require(0 <= getattr(args, flag) <= 1, flag, "must lie between 0 and 1")
@@ -172,6 +177,35 @@ def validate(args: Args) -> None:
 # --- Environments ---
 
 STACK = 4  # frames in an observation
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # the last is Slurm's warning
+
+
+class Resumable(gym.Wrapper):
+    """`game_state` is all of a game that another process needs to go on with it; setting it does."""
+
+    MEMORY = ("obs_queue", "lives", "was_real_done", "_obs_buffer", "episode_returns", "episode_lengths", "_has_reset")
+
+    def memories(self) -> Iterator[tuple[dict, str]]:
+        """Where the wrappers inside keep what they remember: (their attributes, name of one)."""
+        layer = self
+        while layer is not self.unwrapped:
+            layer = layer.env
+            yield from ((vars(layer), name) for name in self.MEMORY if name in vars(layer))
+
+    @property
+    def game_state(self) -> dict:
+        emulator = self.unwrapped.clone_state(include_rng=True).serialize()
+        memory = [torch.from_numpy(np.array(attributes[name])) for attributes, name in self.memories()]
+        return {"emulator": emulator, "random": self.unwrapped.np_random.bit_generator.state, "memory": memory}
+
+    @game_state.setter
+    def game_state(self, state: dict) -> None:
+        self.unwrapped.restore_state(ale_py.ALEState(state["emulator"]))
+        self.unwrapped.np_random.bit_generator.state = state["random"]
+        for (attributes, name), value in zip(self.memories(), state["memory"]):
+            old = attributes[name]
+            new = value.numpy() if isinstance(old, np.ndarray | deque) else value.item()
+            attributes[name] = deque(new, maxlen=old.maxlen) if isinstance(old, deque) else new
 
 
 def make_env(env_id: str, repeat_action_probability=0.0, video_dir: str | None = None, video="training") -> gym.Env:
@@ -181,7 +215,8 @@ def make_env(env_id: str, repeat_action_probability=0.0, video_dir: str | None =
     their length in emulator frames. Videos go to `video_dir`: some games of a training, the first of an evaluation.
     """
     if multiprocessing.parent_process() is not None:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the learner, who then closes its workers
+        for number in STOP_SIGNALS:  # they are for the learner, who then closes its workers
+            signal.signal(number, signal.SIG_IGN)
     cv2.setNumThreads(1)  # a frame is too small to share among threads, and other games need the cores
     gym.register_envs(ale_py)
     ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)
@@ -194,7 +229,7 @@ def make_env(env_id: str, repeat_action_probability=0.0, video_dir: str | None =
     env = gym.wrappers.RecordEpisodeStatistics(env)
     env = AtariWrapper(env)
     env = gym.wrappers.ReshapeObservation(env, (84, 84))
-    return gym.wrappers.FrameStackObservation(env, STACK)
+    return Resumable(gym.wrappers.FrameStackObservation(env, STACK))
 
 
 def make_envs(args: Args, num_envs: int, **video) -> gym.vector.AsyncVectorEnv:
@@ -279,6 +314,9 @@ NETWORKS = {"impala": QNetwork, "nature": TeacherNetwork}
 
 
 # --- Replay ---
+
+
+BLOCK = 4096  # frames that are compressed together
 
 
 class Batch(NamedTuple):
@@ -391,6 +429,29 @@ class FrameReplay:
                 raise ValueError(f"the replay's {name} is missing or has another shape")
             value.copy_(state[name])
 
+    def pack_frames(self, since: list[int]) -> list[tuple[int, int, torch.Tensor]]:
+        """(env, first slot, zlib-compressed frames) of what each environment has written from slot `since[env]` on."""
+        blocks = []
+        for env, (start, written) in enumerate(zip(since, self.written.tolist())):
+            start = max(start, written + 1 - self.ring)
+            blocks += [(env, first, min(first + BLOCK, written + 1)) for first in range(start, written + 1, BLOCK)]
+
+        def compress(block: tuple[int, int, int]) -> tuple[int, int, torch.Tensor]:
+            env, first, end = block
+            frames = self.frames[self.slot(env, torch.arange(first, end, device=self.device))]
+            packed = zlib.compress(frames.cpu().numpy(), level=1)
+            return env, first, torch.frombuffer(bytearray(packed), dtype=torch.uint8)
+
+        with ThreadPoolExecutor() as pool:
+            return list(pool.map(compress, blocks))
+
+    def unpack_frames(self, blocks: list[tuple[int, int, torch.Tensor]]) -> None:
+        for env, first, packed in blocks:
+            frames = zlib.decompressobj().decompress(packed.numpy(), BLOCK * 84 * 84)
+            frames = torch.frombuffer(bytearray(frames), dtype=torch.uint8).view(-1, 84 * 84)
+            slots = self.slot(env, torch.arange(first, first + len(frames), device=self.device))
+            self.frames[slots] = frames.to(self.device)
+
 
 # --- The mathematics ---
 
@@ -448,15 +509,23 @@ def act(network: Callable, obs: torch.Tensor, epsilon: float, generator: torch.G
 # --- Models on disk and on the hub ---
 
 
-def write(content: dict, path: Path) -> None:
-    """torch.save beside `path`, then rename: never half a file. A full disk costs this file and a line, not the run."""
+def write(content: dict | list, path: Path, summed: bool = False) -> Path | None:
+    """torch.save beside `path`, then rename: never half a file. A full disk costs this file and a line, not the run.
+
+    Returns the path, its stem with the CRC-32 of the file added if `summed`, or None if that failed.
+    """
     part = path.with_name(path.name + ".part")
     try:
         torch.save(content, part)
+        if summed:
+            path = path.with_stem(f"{path.stem}-{zlib.crc32(part.read_bytes()):08x}")
         os.replace(part, path)
+        return path
     except (OSError, RuntimeError) as error:
         tqdm.write(f"cannot write {path}: {first_line(error)}; going on without it")
-        part.unlink(missing_ok=True)
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
+        return None
 
 
 SB3_LAYERS = {"cnn.0": "0", "cnn.2": "2", "cnn.4": "4", "linear.0": "7"}  # of NatureCNN there, of TeacherNetwork here
@@ -479,19 +548,21 @@ def read_state(path: Path) -> dict[str, torch.Tensor]:
     return {f"{layers[layer]}.{kind}": policy[f"{layer}.{kind}"] for layer in layers for kind in ("weight", "bias")}
 
 
-def load_model(path: Path, num_actions: int, flag: str) -> AtariNetwork:
-    """A frozen float32 network from a model file (see read_state); its tensors tell Nature CNN from Impala-CNN.
+def frozen_network(state: dict[str, torch.Tensor], num_actions: int) -> AtariNetwork:
+    """A float32 network that nothing trains; its tensors tell Nature CNN from Impala-CNN."""
+    network = (TeacherNetwork if "network.9.bias" in state else QNetwork)(num_actions)
+    network.load_state_dict(state)
+    return network.requires_grad_(False)
 
-    UserError names `flag` if the file is no model for this game.
-    """
+
+def load_model(path: Path, num_actions: int, flag: str) -> AtariNetwork:
+    """The frozen network in a model file (see read_state); UserError names `flag` if it is none for this game."""
     with user_error(f"{flag} {path}: no Nature CNN or Impala-CNN can be read there"):
         state = read_state(path)
-        network = (TeacherNetwork if "network.9.bias" in state else QNetwork)(num_actions)
         outputs = len(list(state.values())[-1])
         if outputs != num_actions:
             raise UserError(f"{flag} {path}: a network for {outputs} actions, but --env-id has {num_actions}")
-        network.load_state_dict(state)
-    return network.requires_grad_(False)
+        return frozen_network(state, num_actions)
 
 
 def find_teacher(args: Args) -> tuple[Path, str]:
@@ -560,14 +631,18 @@ def upload_model(args: Args, repo: str, run_dir: Path, returns: list[float]) -> 
     with user_error(f"--upload-model: {repo} did not take {run_dir}, which stays as it is"):
         (run_dir / "README.md").write_text(f"---\n{data}\n---\n{text}")
         HfApi().create_repo(repo, exist_ok=True)
-        HfApi().upload_folder(repo_id=repo, folder_path=run_dir, commit_message=score)
+        HfApi().upload_folder(repo_id=repo, folder_path=run_dir, ignore_patterns="checkpoints/*", commit_message=score)
 
 
 # --- Evaluation ---
 
 
-def evaluate(network: Callable, args: Args, episodes: int, device, epsilon=None, video_dir=None) -> list[float]:
+def evaluate(
+    network: Callable, args: Args, episodes: int, device, epsilon=None, video_dir=None, stop=()
+) -> list[float]:
     """Raw returns of `episodes` whole games at epsilon, by default end_e; the first is filmed if video_dir is given.
+
+    Stopped is raised as soon as there is a signal in `stop`.
 
     Games and generator are its own: an evaluation changes nothing in the training around it. Up to ten games run side
     by side; how many each environment plays is fixed beforehand, so that short games are not preferred.
@@ -581,6 +656,8 @@ def evaluate(network: Callable, args: Args, episodes: int, device, epsilon=None,
     with closing(envs), tqdm(total=episodes, desc="evaluation", unit="game", leave=False) as bar:
         obs, _ = envs.reset(seed=args.seed + 20_000)
         while bar.n < episodes:
+            if stop:
+                raise Stopped(stop[0])
             actions, _ = act(network, torch.as_tensor(obs, device=device), epsilon, generator)
             obs, _, _, _, infos = envs.step(actions.cpu().numpy())
             for env, game_return, _ in finished_games(infos):
@@ -603,6 +680,138 @@ def play(args: Args) -> None:
         print(f"video of game 1: {video_dir}")
 
 
+# --- Checkpoints ---
+
+
+class Stopped(Exception):
+    """A signal, whose number it carries, asked for an end."""
+
+
+# What may be another in a resumed run; any other flag would make it another experiment.
+FREE = "resume total_timesteps checkpoint_frequency eval_frequency eval_episodes evaluate teacher_buffer track "
+FREE += "wandb_project_name wandb_entity capture_video save_model upload_model hf_entity"
+
+
+def plain(args: Args) -> dict:
+    return {name: str(value) if isinstance(value, Path) else value for name, value in asdict(args).items()}
+
+
+def args_of(run_dir: Path) -> Args:
+    """The flags that a run was started with."""
+    with user_error(f"--resume {run_dir}: no run that can be resumed"):
+        settings = json.loads((run_dir / "hyperparameters.json").read_text())
+        paths = {"teacher_buffer": settings["teacher_buffer"] and Path(settings["teacher_buffer"]), "evaluate": None}
+        known = {each.name: settings[each.name] for each in fields(Args)}
+        return Args(**known | paths | {"resume": run_dir})
+
+
+def refuse_changes(args: Args, before: dict) -> None:
+    """UserError for the first flag of a resumed run that would make it another experiment."""
+    for name, value in plain(args).items():
+        if name not in FREE.split() and value != before[name]:
+            rule = f"a resumed run keeps its {before[name]}; leave out --resume for a new one"
+            raise UserError(f"--{name.replace('_', '-')} {value}: {rule}")
+
+
+def rewind_events(run_dir: Path, sizes: dict[str, int]) -> None:
+    """Forget what was logged after the checkpoint, since it will be logged again."""
+    for path in run_dir.glob("events.*"):
+        if path.name in sizes:
+            os.truncate(path, min(sizes[path.name], path.stat().st_size))
+        else:
+            path.unlink()
+
+
+@contextmanager
+def stop_signals() -> Iterator[list[int]]:
+    """A list that gets the first SIGINT, SIGTERM or SIGUSR1; the second one quits at once."""
+    received: list[int] = []
+
+    def handle(number: int, _) -> None:
+        received.append(number)
+        for each in STOP_SIGNALS:
+            signal.signal(each, signal.SIG_DFL)
+
+    before = {number: signal.signal(number, handle) for number in STOP_SIGNALS}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class Checkpoints:
+    """The last two complete states of a run, in runs/RUN/checkpoints.
+
+    Each is a file of its own and names the files with the frames of its replays, which are written only once: a
+    checkpoint adds those that are new since the one before. The sum of every file is part of its name.
+    """
+
+    def __init__(self, run_dir: Path):
+        self.directory = run_dir / "checkpoints"
+        self.count = 0
+        self.frames: dict[str, list] = {}  # of the newest: (file, slots written by each environment) for each replay
+        self.kept: list[set[str]] = []  # files of the last two
+        self.time, self.steps = time.monotonic(), 0  # of the last attempt
+
+    def due(self, steps: int, frequency: int | None) -> bool:
+        if frequency is None:
+            return time.monotonic() - self.time > 600
+        return frequency > 0 and steps - self.steps >= frequency
+
+    def save(self, content: dict, replays: dict[str, FrameReplay], steps: int) -> None:
+        """Write `content`, plain values and tensors, and the replays; if that fails, a line, and the last one stays."""
+        self.time, self.steps = time.monotonic(), steps
+        with suppress(OSError):
+            self.directory.mkdir(exist_ok=True)
+        count, frames, states = self.count + 1, {}, {}
+        for name, replay in replays.items():
+            oldest, written = (replay.written + 1 - replay.ring).tolist(), replay.written.tolist()
+            files = [each for each in self.frames.get(name, []) if any(end > old for end, old in zip(each[1], oldest))]
+            since = files[-1][1] if files else [0] * replay.num_envs
+            if since != written:
+                path = self.directory / f"{count:06d}-{name}.frames"
+                path = write(replay.pack_frames(since), path, summed=True)
+                if path is None:
+                    return
+                files = [*files, (path.name, written)]
+            frames[name] = files
+            states[name] = {key: value for key, value in replay.state_dict().items() if key != "frames"}
+        content = content | {"count": count, "frames": frames, "replays": states}
+        path = write(content, self.directory / f"{count:06d}.checkpoint", summed=True)
+        if path is None:
+            return
+        self.count, self.frames = count, frames
+        self.kept = [*self.kept[-1:], {path.name, *(file for files in frames.values() for file, _ in files)}]
+        for each in self.directory.iterdir():
+            if not any(each.name in files for files in self.kept):
+                each.unlink()
+
+    def load(self) -> tuple[dict, dict[str, list]]:
+        """The newest content whose files are all whole, and its frames; UserError if there is none."""
+        for path in sorted(self.directory.glob("*.checkpoint"), reverse=True):
+            try:
+                content = self.read(path)
+                files = {name: [Path(file).name for file, _ in of_name] for name, of_name in content["frames"].items()}
+                frames = {
+                    name: [block for file in files[name] for block in self.read(self.directory / file)]
+                    for name in files
+                }
+                self.count, self.frames = content["count"], content["frames"]
+                self.kept = [{path.name, *(file for of_name in files.values() for file in of_name)}]
+                return content, frames
+            except Exception as error:
+                print(f"--resume: {path.name} is damaged ({first_line(error)}), looking for an older one")
+        raise UserError(f"--resume {self.directory.parent}: no readable checkpoint in it")
+
+    @staticmethod
+    def read(path: Path):
+        data = path.read_bytes()
+        if not path.stem.endswith(f"-{zlib.crc32(data):08x}"):
+            raise ValueError("its contents are not those that were written")
+        return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+
+
 # --- Training ---
 
 
@@ -613,8 +822,24 @@ class Progress:
     teacher_steps: int = 0
     offline_steps: int = 0
     online_steps: int = 0
-    recent_returns: deque = field(default_factory=lambda: deque(maxlen=10))  # of whole online games
+    online_seconds: float = 0.0  # evaluations excluded
+    recent_returns: list[float] = field(default_factory=list)  # of the last 10 whole online games
     distilling: bool = False  # whether lambda may still be above 0
+    evaluated: int = -1  # step of this phase's last evaluation, as logged
+    scores: list[float] = field(default_factory=list)  # of its games
+
+    @property
+    def steps(self) -> int:
+        return self.teacher_steps + self.offline_steps + self.online_steps
+
+    @property
+    def score(self) -> float:
+        return float(np.mean(self.scores)) if self.scores else math.nan
+
+    @property
+    def student_return(self) -> float | None:
+        """What lambda is made of: None until 10 games are over."""
+        return float(np.mean(self.recent_returns)) if len(self.recent_returns) == 10 else None
 
 
 def choose_device(args: Args) -> torch.device:
@@ -628,12 +853,13 @@ def num_actions(args: Args) -> int:
         return int(env.action_space.n)
 
 
-def measure_teacher(args: Args, teacher: nn.Module, device: torch.device) -> tuple[float, float]:
+def measure_teacher(args: Args, teacher: nn.Module, device: torch.device, stop: Sequence[int]) -> tuple[float, float]:
     """Phase 0: mean returns of the teacher and of the baseline; UserError if the teacher is not the better one."""
-    teacher_return = float(np.mean(evaluate(teacher, args, args.teacher_eval_episodes, device)))
+    teacher_return = float(np.mean(evaluate(teacher, args, args.teacher_eval_episodes, device, stop=stop)))
     baseline_return, advice = 0.0, "--return-baseline random or "
     if args.return_baseline == "random":
-        baseline_return = float(np.mean(evaluate(teacher, args, args.teacher_eval_episodes, device, epsilon=1.0)))
+        chance = evaluate(teacher, args, args.teacher_eval_episodes, device, epsilon=1.0, stop=stop)
+        baseline_return = float(np.mean(chance))
         advice = ""
     print(f"teacher: mean return {teacher_return:.2f} over {args.teacher_eval_episodes} games")
     if teacher_return <= baseline_return:
@@ -642,22 +868,25 @@ def measure_teacher(args: Args, teacher: nn.Module, device: torch.device) -> tup
     return teacher_return, baseline_return
 
 
-def start_run(args: Args, **facts) -> tuple[Path, SummaryWriter]:
-    """A new directory under runs/ with every flag and the `facts` in it, and the writer of its event file."""
-    run_name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"
-    run_dir = Path("runs") / run_name
+def start_run(args: Args, facts: dict[str, str]) -> tuple[Path, SummaryWriter]:
+    """A directory under runs/ with every flag and the `facts` in it, and a writer of event files there.
+
+    It is a new one, or that of --resume.
+    """
+    run_dir = args.resume or Path("runs") / f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"
     with user_error(f"cannot start {run_dir}"):
-        run_dir.mkdir(parents=True)
+        run_dir.mkdir(parents=True, exist_ok=args.resume is not None)
         if args.track:
             import wandb
 
-            project, entity = args.wandb_project_name, args.wandb_entity
-            wandb.init(project=project, entity=entity, name=run_name, config=asdict(args), sync_tensorboard=True)
+            names = {"project": args.wandb_project_name, "entity": args.wandb_entity, "name": run_dir.name}
+            wandb.init(**names, id=run_dir.name, resume="allow", config=asdict(args), sync_tensorboard=True)
         settings = asdict(args) | facts
         (run_dir / "hyperparameters.json").write_text(json.dumps(settings, indent=2, default=str))
         writer = SummaryWriter(run_dir)
-    rows = "\n".join(f"|{name}|{value}|" for name, value in settings.items())
-    writer.add_text("hyperparameters", f"|name|value|\n|-|-|\n{rows}")
+    if not args.resume:
+        rows = "\n".join(f"|{name}|{value}|" for name, value in settings.items())
+        writer.add_text("hyperparameters", f"|name|value|\n|-|-|\n{rows}")
     return run_dir, writer
 
 
@@ -672,38 +901,47 @@ def finish_step(envs, replay: FrameReplay, obs, actions, teacher_q_values) -> tu
     return next_obs, infos
 
 
-def train(args: Args) -> Path:
-    """Run all phases and return the run's directory. UserError, before any work, for what cannot work."""
+def train(args: Args, stop: Sequence[int] = ()) -> Path:
+    """Run all phases, or what is left of a run to be resumed, and return its directory.
+
+    UserError, before any work, for what cannot work. Once there is a signal in `stop`: a checkpoint, then Stopped.
+    """
     torch.set_flush_denormal(True)  # Adam's averages decay into denormal numbers, which make a CPU crawl
     validate(args)
     upload_repo = check_upload(args) if args.upload_model else ""
     device, actions_count = choose_device(args), num_actions(args)
+    teacher, checkpoints, saved, saved_frames, progress = None, None, {}, {}, Progress()
+    facts = {"device": str(device), "torch": str(torch.__version__)}
+    if args.resume:
+        checkpoints = Checkpoints(args.resume)
+        saved, saved_frames = checkpoints.load()
+        refuse_changes(args, saved["args"])
+        progress, facts = Progress(**saved["progress"]), saved["facts"]
+        checkpoints.steps = progress.steps
+        if saved["teacher"]:
+            teacher = frozen_network(saved["teacher"], actions_count)
+    elif args.teacher != "none":
+        path, reason = find_teacher(args)
+        print(f"teacher: {path}, {reason}")
+        teacher = load_model(path, actions_count, "--teacher")
+        facts |= {"teacher_path": str(path), "teacher_reason": reason}
+        facts |= {"teacher_sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+        progress.distilling = True
+    offline_steps = 0
+    if teacher:
+        teacher.to(device, memory_format=torch.channels_last)
+        offline_steps = args.offline_steps
 
-    teacher, teacher_path, reason = None, None, None
-    if args.teacher != "none":
-        teacher_path, reason = find_teacher(args)
-        print(f"teacher: {teacher_path}, {reason}")
-        teacher = load_model(teacher_path, actions_count, "--teacher").to(device, memory_format=torch.channels_last)
-    offline_steps = args.offline_steps if teacher else 0
-    progress = Progress(distilling=teacher is not None)
     new_replay = partial(FrameReplay, num_envs=args.num_envs, num_actions=actions_count, device=device)
     with user_error("--buffer-size, --teacher-steps: too large for the memory"):
-        replay, teacher_replay = new_replay(args.buffer_size), new_replay(args.teacher_steps) if offline_steps else None
+        replay = new_replay(args.buffer_size)
+        teacher_replay = new_replay(args.teacher_steps) if progress.offline_steps < offline_steps else None
     if teacher_replay:
         names = ["env_id", "repeat_action_probability", "num_envs", "teacher_steps", "start_e", "end_e"]
-        made_with = {name: getattr(args, name) for name in names}
-        made_with["teacher"] = hashlib.sha256(teacher_path.read_bytes()).hexdigest()
-        if args.teacher_buffer and args.teacher_buffer.exists():
+        made_with = {name: getattr(args, name) for name in names} | {"teacher": facts["teacher_sha256"]}
+        if args.teacher_buffer and args.teacher_buffer.exists() and not saved:
             load_teacher_buffer(teacher_replay, args.teacher_buffer, made_with)
             progress.teacher_steps = args.teacher_steps
-
-    teacher_return, baseline_return = measure_teacher(args, teacher, device) if teacher else (0.0, 0.0)
-
-    facts = {"teacher_path": teacher_path, "teacher_reason": reason, "device": device, "torch": torch.__version__}
-    run_dir, writer = start_run(args, **facts)
-    video_dir = str(run_dir / "videos") if args.capture_video else None
-    if teacher:
-        writer.add_scalar("charts/teacher/avg_episodic_return", teacher_return, 0)
 
     torch.manual_seed(args.seed)  # the network's first weights
     generator = torch.Generator(device).manual_seed(args.seed)  # exploration and sampling
@@ -712,12 +950,33 @@ def train(args: Args) -> Path:
     target_network = copy.deepcopy(q_network).requires_grad_(False)
     optimizer = torch.optim.Adam(q_network.parameters(), lr=args.learning_rate, eps=args.adam_eps, fused=True)
     distill_weight = torch.zeros((), device=device)  # distill_coef times lambda
+    metrics: dict[str, torch.Tensor] = {}  # of the last gradient step
+
+    if saved:
+        teacher_return, baseline_return = saved["returns"]
+        with user_error(f"--resume {args.resume}: its checkpoint does not fit"):
+            parts = {"q_network": q_network, "target_network": target_network, "optimizer": optimizer}
+            for name, part in parts.items():
+                part.load_state_dict(saved[name])
+            generator.set_state(saved["generator"])
+            for name, state in saved["replays"].items():
+                of_name = {"teacher": teacher_replay, "student": replay}[name]
+                of_name.load_state_dict(state | {"frames": of_name.frames})
+                of_name.unpack_frames(saved_frames.pop(name))
+            rewind_events(args.resume, saved["events"])
+    else:
+        teacher_return, baseline_return = measure_teacher(args, teacher, device, stop) if teacher else (0.0, 0.0)
+    run_dir, writer = start_run(args, facts)
+    video_dir = str(run_dir / "videos") if args.capture_video else None
+    checkpoints = checkpoints or Checkpoints(run_dir)
+    if teacher and not saved:
+        writer.add_scalar("charts/teacher/avg_episodic_return", teacher_return, 0)
 
     def q_values(network: nn.Module, obs: torch.Tensor) -> torch.Tensor:
         with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
             return network(obs)
 
-    def gradient_step(replay: FrameReplay) -> dict[str, torch.Tensor]:
+    def gradient_step(replay: FrameReplay) -> None:
         batch = replay.sample(args.batch_size, args.n_step, args.gamma, generator)
         with torch.no_grad():
             next_q_values = q_values(target_network, batch.next_obs)
@@ -728,7 +987,7 @@ def train(args: Args) -> Path:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        return {"loss": loss, "td_loss": td_loss, "distill_loss": distill_loss, "q_values": student_q_values.mean()}
+        metrics.update(loss=loss, td_loss=td_loss, distill_loss=distill_loss, q_values=student_q_values.mean())
 
     @torch.no_grad()
     def update_target(tau: float) -> None:
@@ -737,19 +996,69 @@ def train(args: Args) -> Path:
 
     student = partial(q_values, q_network)
 
-    def evaluate_student(tag: str, step: int, video_dir: str | None = None) -> list[float]:
-        returns = evaluate(student, args, args.eval_episodes, device, video_dir=video_dir)
-        writer.add_scalar(tag, np.mean(returns), step)
+    def evaluate_student(tag: str, step: int, video_dir: str | None = None) -> None:
+        try:
+            returns = evaluate(student, args, args.eval_episodes, device, video_dir=video_dir, stop=stop)
+        except Stopped as stopped:  # a checkpoint was written right before
+            raise Stopped(*stopped.args, run_dir) from None
+        progress.evaluated, progress.scores = step, returns
+        writer.add_scalar(tag, progress.score, step)
         if args.save_model:
             write(q_network.state_dict(), run_dir / f"{args.exp_name}.cleanrl_model")
-        return returns
+
+    def read_metrics() -> dict[str, float]:
+        """The last gradient step's; a UserError if the loss is no number any more."""
+        values = {name: value.item() for name, value in metrics.items()}
+        if not math.isfinite(values.get("loss", 0.0)):
+            after = f"{progress.offline_steps} offline updates and {progress.online_steps} online steps"
+            raise UserError(f"the loss is {values['loss']} after {after}; {run_dir} keeps its last checkpoint")
+        return values
+
+    def save(envs: gym.vector.VectorEnv | None = None, obs: np.ndarray | None = None) -> None:
+        read_metrics()
+        writer.flush()
+        content = {
+            "args": plain(args),
+            "facts": facts,
+            "progress": asdict(progress),
+            "returns": (teacher_return, baseline_return),
+            "teacher": teacher.state_dict() if teacher else None,
+            "q_network": q_network.state_dict(),
+            "target_network": target_network.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "generator": generator.get_state(),
+            "games": None if envs is None else (torch.as_tensor(obs), envs.get_attr("game_state")),
+            "events": {path.name: path.stat().st_size for path in run_dir.glob("events.*")},
+        }
+        checkpoints.save(
+            content, {"teacher": teacher_replay} if teacher_replay else {"student": replay}, progress.steps
+        )
+
+    def safe_point(envs: gym.vector.VectorEnv | None = None, obs: np.ndarray | None = None) -> None:
+        """Between two steps: a checkpoint if it is time for one, and the end if a signal asked for it."""
+        if stop:
+            save(envs, obs)
+            raise Stopped(stop[0], run_dir)
+        if checkpoints.due(progress.steps, args.checkpoint_frequency):
+            save(envs, obs)
+
+    def start_games(seed: int, **video) -> tuple[gym.vector.VectorEnv, np.ndarray]:
+        """Environments and their first observations: new games, or those of the checkpoint."""
+        envs = make_envs(args, args.num_envs, **video)
+        obs, _ = envs.reset(seed=seed)
+        games = saved.pop("games", None)
+        if games:
+            envs.set_attr("game_state", list(games[1]))
+            obs = games[0].numpy()
+        return envs, obs
 
     # Phase 1: the teacher fills its buffer.
     if teacher_replay and progress.teacher_steps < args.teacher_steps:
-        envs = make_envs(args, args.num_envs)
-        with closing(envs), tqdm(total=args.teacher_steps, desc="teacher buffer", unit="step") as bar:
-            obs, _ = envs.reset(seed=args.seed + 10_000)
+        envs, obs = start_games(args.seed + 10_000)
+        bar = tqdm(total=args.teacher_steps, initial=progress.teacher_steps, desc="teacher buffer", unit="step")
+        with closing(envs), bar:
             while progress.teacher_steps < args.teacher_steps:
+                safe_point(envs, obs)
                 epsilon = linear_schedule(args.start_e, args.end_e, args.teacher_steps, progress.teacher_steps)
                 actions, teacher_q_values = act(teacher, torch.as_tensor(obs, device=device), epsilon, generator)
                 envs.step_async(actions.cpu().numpy())
@@ -764,37 +1073,53 @@ def train(args: Args) -> Path:
     # Phase 2: the student learns from the teacher's buffer alone.
     if teacher_replay:
         distill_weight.fill_(args.distill_coef)
-        shown = evaluate_student("charts/offline/avg_episodic_return", 0)
-        with tqdm(total=offline_steps, desc="offline", unit="update") as bar:
-            while progress.offline_steps < offline_steps:
-                metrics = gradient_step(teacher_replay)
+        with tqdm(total=offline_steps, initial=progress.offline_steps, desc="offline", unit="update") as bar:
+            while True:
+                at_end = progress.offline_steps == offline_steps
+                if (at_end or progress.offline_steps % 100_000 == 0) and progress.evaluated != progress.offline_steps:
+                    save()
+                    evaluate_student("charts/offline/avg_episodic_return", progress.offline_steps)
+                if at_end:
+                    break
+                safe_point()
+                gradient_step(teacher_replay)
                 progress.offline_steps += 1
                 bar.update()
                 if progress.offline_steps % args.target_network_frequency == 0:
                     update_target(args.tau)
                 if progress.offline_steps % 100 == 0:
+                    values = read_metrics()
                     for name, tag in {"loss": "loss", "td_loss": "q_loss", "distill_loss": "distill_loss"}.items():
-                        writer.add_scalar(f"charts/offline/{tag}", metrics[name].item(), progress.offline_steps)
-                    bar.set_postfix_str(f"return={np.mean(shown):.1f}, λ=1.00", refresh=False)
-                if progress.offline_steps % 100_000 == 0 or progress.offline_steps == offline_steps:
-                    shown = evaluate_student("charts/offline/avg_episodic_return", progress.offline_steps)
+                        writer.add_scalar(f"charts/offline/{tag}", values[name], progress.offline_steps)
+                    bar.set_postfix_str(f"return={progress.score:.1f}, λ=1.00", refresh=False)
         update_target(tau=1.0)
-        del teacher_replay
+        teacher_replay, progress.evaluated = None, -1
 
     # Phase 3: the student plays on by itself, and the teacher fades.
     learning_starts = max(args.learning_starts, args.warm_up)
     exploration_steps = args.exploration_fraction * args.total_timesteps
-    metrics, coefficient, student_return = {}, 0.0, None
-    envs = make_envs(args, args.num_envs, video_dir=video_dir)
-    with closing(envs), tqdm(total=args.total_timesteps, desc="online", unit="step") as bar:
-        obs, _ = envs.reset(seed=args.seed)
-        phase_start = time.perf_counter()  # moved on by what evaluations take
-        while progress.online_steps < args.total_timesteps:
-            begin = progress.online_steps
-            epsilon = linear_schedule(args.start_e, args.end_e, exploration_steps, offline_steps + begin)
+    coefficient = 0.0
+    metrics.clear()
+    envs, obs = start_games(args.seed, video_dir=video_dir)
+    bar = tqdm(total=args.total_timesteps, initial=progress.online_steps, desc="online", unit="step")
+    with closing(envs), bar:
+        while True:
+            begin, global_step = progress.online_steps, offline_steps + progress.online_steps
+            at_end = begin >= args.total_timesteps
+            periodic = begin > 0 and due(begin - args.num_envs, args.num_envs, args.eval_frequency)
+            if (at_end or periodic) and progress.evaluated != global_step:
+                save(envs, obs)
+                evaluate_student("eval/episodic_return", global_step, video_dir if at_end else None)
+            if at_end:
+                save(envs, obs)
+                break
+            safe_point(envs, obs)
+
+            start = time.perf_counter()
+            epsilon = linear_schedule(args.start_e, args.end_e, exploration_steps, global_step)
             if progress.distilling:
                 coefficient = distill_coefficient(
-                    student_return, teacher_return, baseline_return, begin, args.distill_steps
+                    progress.student_return, teacher_return, baseline_return, begin, args.distill_steps
                 )
                 distill_weight.fill_(args.distill_coef * coefficient)
                 over = args.distill_latch or (args.distill_steps is not None and begin >= args.distill_steps)
@@ -805,54 +1130,53 @@ def train(args: Args) -> Path:
             envs.step_async(actions.cpu().numpy())  # the games go on while the student learns
             for step in range(begin + 1, begin + args.num_envs + 1):
                 if step > learning_starts and step % args.train_frequency == 0:
-                    metrics = gradient_step(replay)
+                    gradient_step(replay)
                 if step % args.target_network_frequency == 0:
                     update_target(args.tau)
             teacher_q_values = teacher(device_obs) if progress.distilling else None
             obs, infos = finish_step(envs, replay, obs, actions, teacher_q_values)
             progress.online_steps += args.num_envs
+            progress.online_seconds += time.perf_counter() - start
             bar.update(args.num_envs)
 
             global_step = offline_steps + progress.online_steps
             for _, game_return, game_length in finished_games(infos):
                 writer.add_scalar("charts/episodic_return", game_return, global_step)
                 writer.add_scalar("charts/episodic_length", game_length, global_step)
-                progress.recent_returns.append(game_return)
-                if len(progress.recent_returns) == progress.recent_returns.maxlen:
-                    student_return = float(np.mean(progress.recent_returns))
+                progress.recent_returns = [*progress.recent_returns[-9:], game_return]
             if due(begin, args.num_envs, 100):
-                speed = progress.online_steps / (time.perf_counter() - phase_start)
+                speed = progress.online_steps / progress.online_seconds
                 scalars = {"charts/epsilon": epsilon, "charts/distill_coeff": coefficient, "charts/SPS": speed}
-                scalars |= {f"losses/{name}": value.item() for name, value in metrics.items()}
+                scalars |= {f"losses/{name}": value for name, value in read_metrics().items()}
                 if not progress.distilling:
                     scalars.pop("losses/distill_loss", None)  # there is no teacher to differ from
                 for tag, value in scalars.items():
                     writer.add_scalar(tag, value, global_step)
                 shown = np.mean(progress.recent_returns or [np.nan])
                 bar.set_postfix_str(f"return={shown:.1f}, λ={coefficient:.2f}", refresh=False)
-            if due(begin, args.num_envs, args.eval_frequency) and progress.online_steps < args.total_timesteps:
-                evaluation_start = time.perf_counter()
-                evaluate_student("eval/episodic_return", global_step)
-                phase_start += time.perf_counter() - evaluation_start
 
-    returns = evaluate_student("eval/episodic_return", offline_steps + progress.online_steps, video_dir)
-    print(f"{run_dir}: {np.mean(returns):.2f} ± {np.std(returns):.2f} over {len(returns)} games")
     writer.close()
+    print(f"{run_dir}: {progress.score:.2f} ± {np.std(progress.scores):.2f} over {len(progress.scores)} games")
     if upload_repo:
-        upload_model(args, upload_repo, run_dir, returns)
+        upload_model(args, upload_repo, run_dir, progress.scores)
     return run_dir
 
 
 def main() -> None:
     args = tyro.cli(Args, description=__doc__)
     try:
-        play(args) if args.evaluate else train(args)
+        if args.resume:  # what is not said again is as it was
+            args = tyro.cli(Args, description=__doc__, default=args_of(args.resume))
+        with stop_signals() as stop:
+            play(args) if args.evaluate else train(args, stop)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
+    except Stopped as stopped:
+        number, *run_dir = stopped.args
+        how = f"; go on with: python {Path(sys.argv[0]).name} --resume {run_dir[0]}" if run_dir else ""
+        print(f"stopped{how}", file=sys.stderr)
+        sys.exit(128 + number)
 
 
 if __name__ == "__main__":

@@ -190,10 +190,11 @@ def test_a_run_leaves_what_was_asked_for_and_nothing_else(three_phases):
     """No videos, no half-written files, one event file."""
     names = sorted(path.name for path in three_phases.directory.iterdir())
     assert [name for name in names if not name.startswith("events.out.tfevents")] == [
+        "checkpoints",
         "hyperparameters.json",
         f"{three_phases.args.exp_name}.cleanrl_model",
     ]
-    assert len(names) == 3
+    assert len(names) == 4
     assert [path.name for path in three_phases.directory.parent.parent.iterdir()] == ["runs"]
 
 

@@ -1,0 +1,334 @@
+"""No run is lost: stopped, killed, damaged or tampered with, it goes on from its last good checkpoint, bit for bit."""
+
+import functools
+import math
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from contextlib import closing
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import qdagger_dqn_atari_impalacnn as qdagger
+from qdagger_dqn_atari_impalacnn import Args, Checkpoints, FrameReplay, Stopped, UserError, args_of, make_env, train
+
+PHASES = dict(teacher_steps=80, offline_steps=20, total_timesteps=160, learning_starts=60, buffer_size=100)
+SIZES = dict(
+    num_envs=2, network="nature", batch_size=4, target_network_frequency=24, teacher_eval_episodes=1, eval_episodes=1
+)
+SETTINGS = PHASES | SIZES | dict(eval_frequency=100, save_model=True, cuda=False, checkpoint_frequency=0)
+
+
+class StopAfter:
+    """As `stop`: no signal at the first `points` safe points, then SIGTERM."""
+
+    def __init__(self, points: int):
+        self.points = points
+
+    def __bool__(self) -> bool:
+        self.points -= 1
+        return self.points < 0
+
+    def __getitem__(self, _) -> int:
+        return signal.SIGTERM
+
+
+@pytest.fixture(scope="module")
+def go(make_model, tmp_path_factory):
+    """go(stop, **changes): a small training in a directory of its own, or the rest of one; its evaluations are 2."""
+    teacher = str(make_model(4, action=1))
+
+    def go(stop=(), args: Args | None = None, **changes) -> Path:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(qdagger, "evaluate", lambda *_, **__: [2.0])
+            if args is None:
+                patch.chdir(tmp_path_factory.mktemp("run"))
+                args = Args(**dict(teacher=teacher) | SETTINGS | changes)
+            try:
+                return train(args, stop).absolute()
+            except Stopped as stopped:
+                return stopped.args[1].absolute()
+
+    return go
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    (path,) = run.glob("*.cleanrl_model")
+    return torch.load(path)
+
+
+def points(run: Path) -> dict[str, list]:
+    """Every (step, value) of every tag in the event files, but for the measured speed."""
+    events = EventAccumulator(str(run), size_guidance={"scalars": 0}, purge_orphaned_data=False)
+    events.Reload()
+    tags = set(events.Tags()["scalars"]) - {"charts/SPS"}
+    return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in tags}
+
+
+@pytest.fixture(scope="module")
+def whole(go):
+    """whole(num_envs): a run that nobody stopped."""
+    return functools.cache(lambda num_envs: go(num_envs=num_envs))
+
+
+# --- The same run ---
+
+
+@pytest.mark.parametrize("num_envs, stops", [(2, [13]), (2, [50]), (2, [100]), (1, [150]), (2, [5, 20, 30, 50])])
+def test_a_stopped_and_resumed_run_is_the_run_that_was_not_stopped(go, whole, num_envs, stops):
+    """Same weights and the same points in the logs, none missing and none twice, whichever phase was cut off."""
+    run = go(StopAfter(stops[0]), num_envs=num_envs)
+    for stop in [*stops[1:], math.inf]:
+        assert not list(run.glob("*.part"))
+        run = go(StopAfter(stop), args=args_of(run))
+    expected = weights(whole(num_envs))
+    assert all(torch.equal(expected[name], value) for name, value in weights(run).items())
+    assert points(run) == points(whole(num_envs))
+
+
+@pytest.mark.parametrize("env_id", ["BreakoutNoFrameskip-v4", "PongNoFrameskip-v4", "SpaceInvadersNoFrameskip-v4"])
+def test_a_game_goes_on_in_another_environment(env_id):
+    """The same observations, rewards and ends once `game_state` was handed over, through lives, games and resets."""
+    rng = np.random.default_rng(0)
+    with closing(make_env(env_id)) as first, closing(make_env(env_id)) as second:
+        first.reset(seed=1)
+        second.reset(seed=2)
+        actions = rng.integers(first.action_space.n, size=1500)
+        for action in actions[:157]:
+            if any(first.step(int(action))[2:4]):
+                first.reset()
+        second.game_state = first.game_state
+        for action in actions:
+            steps = [env.step(int(action)) for env in (first, second)]
+            if any(steps[0][2:4]):
+                steps = [(*step, env.reset()[0]) for step, env in zip(steps, (first, second))]
+            for info in (steps[0][4], steps[1][4]):
+                info.get("episode", {}).pop("t", None)
+            np.testing.assert_equal(steps[0], steps[1])
+
+
+def test_a_finished_run_can_be_made_longer(go):
+    run = go(total_timesteps=120)
+    before = points(run)
+    args = args_of(run)
+    args.total_timesteps = 160
+    assert go(args=args) == run
+    after = points(run)
+    assert after["charts/distill_coeff"][: len(before["charts/distill_coeff"])] == before["charts/distill_coeff"]
+    assert max(step for step, _ in after["eval/episodic_return"]) == 20 + 160
+    assert args_of(run).total_timesteps == 160
+
+
+# --- The replay on disk ---
+
+
+@pytest.mark.parametrize("num_envs, capacity", [(1, 30), (3, 30)])
+def test_frames_written_in_pieces_are_the_replay(num_envs, capacity, monkeypatch):
+    """A replay that was restored from pieces, past the wrap, is drawn from like the original."""
+    monkeypatch.setattr(qdagger, "BLOCK", 7)
+    rng, replay, pieces, since = np.random.default_rng(0), FrameReplay(capacity, num_envs, 4), [], [0] * num_envs
+    for step in range(60):
+        obs = rng.integers(256, size=(2, num_envs, 4, 84, 84), dtype=np.uint8)
+        ends = rng.random((2, num_envs)) < 0.1
+        replay.add(obs[0], rng.integers(4, size=num_envs), rng.random(num_envs), *ends, obs[1])
+        if step % 9 == 0 or step == 59:
+            pieces += replay.pack_frames(since)
+            since = replay.written.tolist()
+    restored = FrameReplay(capacity, num_envs, 4)
+    restored.load_state_dict(replay.state_dict() | {"frames": restored.frames})
+    restored.unpack_frames(pieces)
+    for seed in range(20):
+        drawn = [each.sample(32, 3, 0.99, torch.Generator().manual_seed(seed)) for each in (replay, restored)]
+        assert all(torch.equal(one, other) for one, other in zip(*drawn))
+
+
+def test_two_checkpoints_are_kept_and_every_frame_is_written_once(go):
+    run = go(checkpoint_frequency=16)
+    files = sorted((run / "checkpoints").iterdir())
+    assert len([path for path in files if path.suffix == ".checkpoint"]) == 2
+    blocks = [block for path in files if path.suffix == ".frames" for block in Checkpoints.read(path)]
+    spans = sorted((env, first) for env, first, _ in blocks)
+    assert len(set(spans)) == len(spans)
+    assert {path.name for path in files} == set().union(
+        *(
+            {path.name} | {file for file, _ in Checkpoints.read(path)["frames"]["student"]}
+            for path in files
+            if path.suffix == ".checkpoint"
+        )
+    )
+
+
+# --- Damage ---
+
+
+def damage(path: Path, kind: str) -> None:
+    content = bytearray(path.read_bytes())
+    if kind == "flip":
+        content[len(content) // 2] ^= 1
+    path.write_bytes(b"" if kind == "empty" else content[: len(content) // 2] if kind == "cut" else content)
+    if kind == "gone":
+        path.unlink()
+
+
+@pytest.fixture(scope="module")
+def stopped(go):
+    """A run that was stopped in phase 1 after 60 of the teacher's steps; its checkpoint before that is of 56."""
+    run = go(StopAfter(30), checkpoint_frequency=8)
+    assert [
+        Checkpoints.read(path)["progress"]["teacher_steps"] for path in sorted(run.glob("checkpoints/*.checkpoint"))
+    ] == [56, 60]
+    return run
+
+
+@pytest.fixture
+def copied(stopped, tmp_path) -> Path:
+    return Path(shutil.copytree(stopped, tmp_path / "runs" / stopped.name))
+
+
+@pytest.mark.parametrize("kind", ["flip", "cut", "empty", "gone"])
+@pytest.mark.parametrize("suffix", ["checkpoint", "frames"])
+def test_a_damaged_checkpoint_costs_the_way_back_to_the_one_before(copied, capfd, kind, suffix):
+    damage(max(copied.glob(f"checkpoints/*.{suffix}")), kind)
+    content, frames = Checkpoints(copied).load()
+    assert content["progress"]["teacher_steps"] == 56
+    assert sum(len(block) > 0 for block in frames["teacher"]) > 0
+    assert ("damaged" in capfd.readouterr().out) == ((suffix, kind) != ("checkpoint", "gone"))
+
+
+@pytest.mark.parametrize(
+    "changes", [{"learning_rate": 1e-3}, {"seed": 2}, {"env_id": "PongNoFrameskip-v4"}, {"n_step": 3}]
+)
+def test_another_experiment_is_no_resumed_run(go, copied, changes):
+    run = copied
+    args = args_of(run)
+    (name, value), *_ = changes.items()
+    setattr(args, name, value)
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    with pytest.raises(UserError, match=f"^--{name.replace('_', '-')} "):
+        go(args=args)
+    assert before == {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+
+
+def test_without_a_readable_checkpoint_there_is_a_line(go, copied):
+    run = copied
+    for path in run.glob("checkpoints/*.checkpoint"):
+        damage(path, "flip")
+    with pytest.raises(UserError, match=r"^--resume .*: no readable checkpoint"):
+        go(args=args_of(run))
+    for missing in (run / "nothing", run.parent):
+        with pytest.raises(UserError, match=r"^--resume .*: no run that can be resumed"):
+            args_of(missing)
+
+
+class Malicious:
+    def __init__(self, victim: Path):
+        self.victim = victim
+
+    def __reduce__(self):
+        return Path.write_text, (self.victim, "was here")
+
+
+def test_a_checkpoint_never_runs_code(copied, tmp_path):
+    """Not even one whose sum is right."""
+    victim = tmp_path / "victim"
+    written = qdagger.write({"frames": Malicious(victim)}, copied / "checkpoints" / "999999.checkpoint", summed=True)
+    assert Checkpoints(copied).load()[0]["progress"]["teacher_steps"] == 60
+    assert not victim.exists()
+    torch.load(written, weights_only=False)  # it would have worked
+    assert victim.exists()
+
+
+def test_a_disk_that_takes_no_checkpoint_does_not_stop_training(go, whole, monkeypatch, capfd):
+    """The last good one stays, nothing half-written lies about, and the weights are those of any other run."""
+    save, calls = torch.save, []
+
+    def full(content, path, *args, **options):
+        if str(path).endswith((".checkpoint.part", ".frames.part")):
+            calls.append(path)
+            if len(calls) > 4:
+                Path(path).write_bytes(b"as far as it went")
+                raise OSError(28, "No space left on device")
+        return save(content, path, *args, **options)
+
+    monkeypatch.setattr(torch, "save", full)
+    run = go(checkpoint_frequency=16)
+    assert len(calls) > 8 and "No space left on device" in capfd.readouterr().out
+    assert not list(run.rglob("*.part"))
+    expected = weights(whole(2))
+    assert all(torch.equal(expected[name], value) for name, value in weights(run).items())
+    monkeypatch.undo()
+    assert go(args=args_of(run)) == run
+    assert all(torch.equal(expected[name], value) for name, value in weights(run).items())
+
+
+def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_checkpoint(go, monkeypatch):
+    loss, calls = qdagger.qdagger_loss, []
+
+    def broken(*args):
+        calls.append(args)
+        return tuple(value * (math.nan if len(calls) > 12 else 1) for value in loss(*args))
+
+    monkeypatch.setattr(qdagger, "qdagger_loss", broken)
+    with pytest.raises(UserError, match=r"the loss is nan after .* offline updates"):
+        go(checkpoint_frequency=5)
+
+
+# --- Signals, from outside ---
+
+
+FLAGS = [f"--{name.replace('_', '-')}={value}" for name, value in PHASES.items()]
+FLAGS += ["--network=nature", "--batch-size=4", "--teacher-eval-episodes=1", "--eval-episodes=1", "--num-envs=2"]
+FLAGS += ["--checkpoint-frequency=8", "--no-cuda", "--save-model"]
+
+
+def start(cwd: Path, *flags: str) -> subprocess.Popen:
+    command = [sys.executable, qdagger.__file__, *flags]
+    return subprocess.Popen(
+        command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+
+
+def wait_for(pattern: str, cwd: Path, process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 120
+    while not list(cwd.glob(pattern)):
+        assert process.poll() is None and time.monotonic() < deadline, process.stdout.read()
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("number, to_all", [(signal.SIGINT, True), (signal.SIGTERM, True), (signal.SIGUSR1, False)])
+def test_a_signal_ends_with_a_checkpoint_and_the_command_that_goes_on(make_model, tmp_path, number, to_all):
+    """Ctrl-C and a scheduler's signal reach the games' processes too."""
+    process = start(tmp_path, "--teacher", str(make_model(4, action=1)), *FLAGS, "--total-timesteps=100000")
+    wait_for("runs/*/checkpoints/*.checkpoint", tmp_path, process)
+    (os.killpg if to_all else os.kill)(process.pid, number)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + number, output
+    assert "Traceback" not in output
+    (run,) = (tmp_path / "runs").iterdir()
+    assert output.splitlines()[-1].endswith(f"--resume {run.relative_to(tmp_path)}")
+
+
+def test_a_run_that_is_killed_again_and_again_arrives(make_model, tmp_path):
+    """SIGKILL to everything at random moments, in the middle of writing too: nothing is lost but the last few steps."""
+    rng = random.Random(0)
+    process = start(tmp_path, "--teacher", str(make_model(4, action=1)), *FLAGS)
+    for _ in range(3):
+        wait_for("runs/*/checkpoints/*.checkpoint", tmp_path, process)
+        time.sleep(rng.random() * 2)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        (run,) = (tmp_path / "runs").iterdir()
+        process = start(tmp_path, "--resume", str(run))
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    steps = [step for step, _ in points(run)["charts/distill_coeff"]]
+    assert steps == sorted(set(steps)) and steps[-1] >= 20 + 100
+    assert len(list(run.glob("*.cleanrl_model"))) == 1
