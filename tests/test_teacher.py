@@ -1,8 +1,10 @@
 """Where teachers come from: files, a hub over real HTTP, the bundled ones; and the buffers they leave to others."""
 
 import copy
+import hashlib
 import io
 import pickle
+import re
 import shutil
 import time
 import zipfile
@@ -371,6 +373,27 @@ def test_the_hub_s_stable_baselines3_teachers(hub, hub_client, zipped, repo, fil
 def test_a_path_asks_nobody(hub, hub_client):
     assert hub_client(find_teacher={"teacher": "some/where"})["path"] == "some/where"
     assert hub.requests == []
+
+
+# --- The bundled teachers ---
+
+BUNDLED = sorted((Path(qdagger.__file__).resolve().parent / "teachers").glob("*.cleanrl_model"))
+
+
+@pytest.mark.parametrize("path", BUNDLED, ids=lambda path: path.stem)
+def test_a_bundled_teacher_is_the_one_on_its_card_and_plays_like_it(path):
+    """Half precision, its SHA-256 there, and three games that score no less than half of what the card says."""
+    card = path.with_suffix(".md").read_text()
+    assert hashlib.sha256(path.read_bytes()).hexdigest() in card
+    assert {value.dtype for value in torch.load(path).values()} == {torch.float16}
+    args = Args(env_id=path.stem, cuda=False)
+    teacher = load_model(path, qdagger.num_actions(args), "--teacher").to(memory_format=torch.channels_last)
+    score = float(re.search(r"score \| (-?[\d.]+) ± ", card)[1])
+    assert np.mean(qdagger.evaluate(teacher, args, 3, torch.device("cpu"))) >= score / 2 > 0
+
+
+def test_there_is_a_bundled_teacher_for_the_default_game():
+    assert Args().env_id in {path.stem for path in BUNDLED}
 
 
 # --- The teacher's buffer ---
