@@ -110,7 +110,9 @@ class Args:
     amp: bool = False  # all layers but the last in bfloat16: faster where the hardware has it, rounded otherwise
 
     # checkpoints
-    checkpoint_frequency: int | None = None  # steps or updates between checkpoints; unset: every 10 minutes; 0: never
+    checkpoint_frequency: int | None = (
+        None  # steps or updates between checkpoints; unset: every 10 minutes; 0: at evaluations
+    )
     resume: Path | None = None  # go on with this run, runs/RUN, from its last checkpoint, with its flags
 
     # evaluation
@@ -246,6 +248,20 @@ def make_envs(args: Args, num_envs: int, **video) -> gym.vector.AsyncVectorEnv:
         autoreset_mode=gym.vector.AutoresetMode.SAME_STEP,
         context=start,
     )
+
+
+@contextmanager
+def closing_games(envs: gym.vector.AsyncVectorEnv) -> Iterator[None]:
+    """Close `envs` in the end; if the process of a game died, without waiting for its answer."""
+    try:
+        yield
+    except (EOFError, ConnectionError):
+        for process in envs.processes:
+            process.kill()
+        envs.closed = True
+        raise
+    finally:
+        envs.close()
 
 
 def finished_games(infos: dict) -> list[tuple[int, float, int]]:
@@ -653,7 +669,7 @@ def evaluate(
     epsilon = args.end_e if epsilon is None else epsilon
     generator = torch.Generator(device).manual_seed(args.seed)
     envs = make_envs(args, num_envs, video_dir=video_dir, video="evaluation")
-    with closing(envs), tqdm(total=episodes, desc="evaluation", unit="game", leave=False) as bar:
+    with closing_games(envs), tqdm(total=episodes, desc="evaluation", unit="game", leave=False) as bar:
         obs, _ = envs.reset(seed=args.seed + 20_000)
         while bar.n < episodes:
             if stop:
@@ -915,11 +931,12 @@ def train(args: Args, stop: Sequence[int] = ()) -> Path:
     if args.resume:
         checkpoints = Checkpoints(args.resume)
         saved, saved_frames = checkpoints.load()
-        refuse_changes(args, saved["args"])
-        progress, facts = Progress(**saved["progress"]), saved["facts"]
-        checkpoints.steps = progress.steps
-        if saved["teacher"]:
-            teacher = frozen_network(saved["teacher"], actions_count)
+        with user_error(f"--resume {args.resume}: its checkpoint does not fit"):
+            refuse_changes(args, saved["args"])
+            progress, facts = Progress(**saved["progress"]), saved["facts"]
+            checkpoints.steps = progress.steps
+            if saved["teacher"]:
+                teacher = frozen_network(saved["teacher"], actions_count)
     elif args.teacher != "none":
         path, reason = find_teacher(args)
         print(f"teacher: {path}, {reason}")
@@ -953,8 +970,8 @@ def train(args: Args, stop: Sequence[int] = ()) -> Path:
     metrics: dict[str, torch.Tensor] = {}  # of the last gradient step
 
     if saved:
-        teacher_return, baseline_return = saved["returns"]
         with user_error(f"--resume {args.resume}: its checkpoint does not fit"):
+            teacher_return, baseline_return = saved["returns"]
             parts = {"q_network": q_network, "target_network": target_network, "optimizer": optimizer}
             for name, part in parts.items():
                 part.load_state_dict(saved[name])
@@ -1015,6 +1032,7 @@ def train(args: Args, stop: Sequence[int] = ()) -> Path:
         return values
 
     def save(envs: gym.vector.VectorEnv | None = None, obs: np.ndarray | None = None) -> None:
+        """A checkpoint, unless the last update went wrong."""
         read_metrics()
         writer.flush()
         content = {
@@ -1030,9 +1048,8 @@ def train(args: Args, stop: Sequence[int] = ()) -> Path:
             "games": None if envs is None else (torch.as_tensor(obs), envs.get_attr("game_state")),
             "events": {path.name: path.stat().st_size for path in run_dir.glob("events.*")},
         }
-        checkpoints.save(
-            content, {"teacher": teacher_replay} if teacher_replay else {"student": replay}, progress.steps
-        )
+        replays = {"teacher": teacher_replay} if teacher_replay else {"student": replay}
+        checkpoints.save(content, replays, progress.steps)
 
     def safe_point(envs: gym.vector.VectorEnv | None = None, obs: np.ndarray | None = None) -> None:
         """Between two steps: a checkpoint if it is time for one, and the end if a signal asked for it."""
@@ -1056,7 +1073,7 @@ def train(args: Args, stop: Sequence[int] = ()) -> Path:
     if teacher_replay and progress.teacher_steps < args.teacher_steps:
         envs, obs = start_games(args.seed + 10_000)
         bar = tqdm(total=args.teacher_steps, initial=progress.teacher_steps, desc="teacher buffer", unit="step")
-        with closing(envs), bar:
+        with closing_games(envs), bar:
             while progress.teacher_steps < args.teacher_steps:
                 safe_point(envs, obs)
                 epsilon = linear_schedule(args.start_e, args.end_e, args.teacher_steps, progress.teacher_steps)
@@ -1102,7 +1119,7 @@ def train(args: Args, stop: Sequence[int] = ()) -> Path:
     metrics.clear()
     envs, obs = start_games(args.seed, video_dir=video_dir)
     bar = tqdm(total=args.total_timesteps, initial=progress.online_steps, desc="online", unit="step")
-    with closing(envs), bar:
+    with closing_games(envs), bar:
         while True:
             begin, global_step = progress.online_steps, offline_steps + progress.online_steps
             at_end = begin >= args.total_timesteps
@@ -1172,6 +1189,9 @@ def main() -> None:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except (EOFError, ConnectionError):  # the other end of a pipe is gone
+        print("error: the process of a game died; --resume runs/RUN goes on from the last checkpoint", file=sys.stderr)
+        sys.exit(1)
     except Stopped as stopped:
         number, *run_dir = stopped.args
         how = f"; go on with: python {Path(sys.argv[0]).name} --resume {run_dir[0]}" if run_dir else ""

@@ -1,5 +1,6 @@
 """No run is lost: stopped, killed, damaged or tampered with, it goes on from its last good checkpoint, bit for bit."""
 
+import contextlib
 import functools
 import math
 import os
@@ -314,6 +315,22 @@ def test_a_signal_ends_with_a_checkpoint_and_the_command_that_goes_on(make_model
     assert "Traceback" not in output
     (run,) = (tmp_path / "runs").iterdir()
     assert output.splitlines()[-1].endswith(f"--resume {run.relative_to(tmp_path)}")
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds the process by /proc")
+def test_a_game_whose_process_dies_ends_the_run_with_a_line(make_model, tmp_path):
+    process = start(tmp_path, "--teacher", str(make_model(4, action=1)), *FLAGS, "--total-timesteps=100000")
+    wait_for("runs/*/checkpoints/*.checkpoint", tmp_path, process)
+    parents = {}
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            parents[int(status.parent.name)] = int(status.read_text().rpartition(")")[2].split()[1])
+    of_run = [pid for pid, parent in parents.items() if parents.get(parent) == process.pid]
+    assert of_run
+    os.kill(of_run[0], signal.SIGKILL)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 1 and "Traceback" not in output, output
+    assert output.splitlines()[-1].startswith("error: the process of a game died")
 
 
 def test_a_run_that_is_killed_again_and_again_arrives(make_model, tmp_path):
