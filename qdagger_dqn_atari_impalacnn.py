@@ -110,9 +110,7 @@ class Args:
     amp: bool = False  # all layers but the last in bfloat16: faster where the hardware has it, rounded otherwise
 
     # checkpoints
-    checkpoint_frequency: int | None = (
-        None  # steps or updates between checkpoints; unset: every 10 minutes; 0: at evaluations
-    )
+    checkpoint_frequency: int | None = None  # steps or updates per checkpoint; unset: 10 minutes; 0: at evaluations
     resume: Path | None = None  # go on with this run, runs/RUN, from its last checkpoint, with its flags
 
     # evaluation
