@@ -25,11 +25,12 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 import time
 import zipfile
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields
@@ -461,7 +462,10 @@ class FrameReplay:
 
     def unpack_frames(self, blocks: list[tuple[int, int, torch.Tensor]]) -> None:
         for env, first, packed in blocks:
-            frames = zlib.decompressobj().decompress(packed.numpy(), BLOCK * 84 * 84)
+            zlib_stream = zlib.decompressobj()
+            frames = zlib_stream.decompress(packed.numpy(), BLOCK * 84 * 84 + 1)
+            if not zlib_stream.eof:
+                raise ValueError("not the frames that were packed")
             frames = torch.frombuffer(bytearray(frames), dtype=torch.uint8).view(-1, 84 * 84)
             slots = self.slot(env, torch.arange(first, first + len(frames), device=self.device))
             self.frames[slots] = frames.to(self.device)
@@ -523,23 +527,29 @@ def act(network: Callable, obs: torch.Tensor, epsilon: float, generator: torch.G
 # --- Models on disk and on the hub ---
 
 
-def write(content: dict | list, path: Path, summed: bool = False) -> Path | None:
-    """torch.save beside `path`, then rename: never half a file. A full disk costs this file and a line, not the run.
-
-    Returns the path, its stem with the CRC-32 of the file added if `summed`, or None if that failed.
-    """
+def write(content: dict | list, path: Path) -> bool:
+    """torch.save beside `path`, then rename: never half a file. A full disk costs this file and a line, not the run."""
     part = path.with_name(path.name + ".part")
     try:
         torch.save(content, part)
-        if summed:
-            path = path.with_stem(f"{path.stem}-{zlib.crc32(part.read_bytes()):08x}")
         os.replace(part, path)
-        return path
+        return True
     except (OSError, RuntimeError) as error:
         tqdm.write(f"cannot write {path}: {first_line(error)}; going on without it")
         with suppress(OSError):
             part.unlink(missing_ok=True)
-        return None
+        return False
+
+
+def load(file: Path | io.BytesIO, **options):
+    """What torch.save wrote, if it is whole: tensors and plain values, never code, and no more bytes than it has."""
+    if zipfile.is_zipfile(file):
+        with zipfile.ZipFile(file) as archive:
+            if any(each.compress_type != zipfile.ZIP_STORED for each in archive.infolist()) or archive.testzip():
+                raise ValueError("its contents are not those that were written")
+    if isinstance(file, io.BytesIO):
+        file.seek(0)
+    return torch.load(file, map_location="cpu", weights_only=True, **options)
 
 
 SB3_LAYERS = {"cnn.0": "0", "cnn.2": "2", "cnn.4": "4", "linear.0": "7"}  # of NatureCNN there, of TeacherNetwork here
@@ -548,14 +558,15 @@ SB3_LAYERS = {"cnn.0": "0", "cnn.2": "2", "cnn.4": "4", "linear.0": "7"}  # of N
 def read_state(path: Path) -> dict[str, torch.Tensor]:
     """A model's tensors under our names: from a state dict, or from `policy.pth` in a Stable-Baselines3 DQN zip.
 
-    Nothing else in the zip is opened, and both are read with `weights_only`: a model file never runs code.
+    Nothing else in the zip is opened.
     """
-    load = partial(torch.load, map_location="cpu", weights_only=True)
     if not zipfile.is_zipfile(path):
         return load(path)
     with zipfile.ZipFile(path) as archive:  # torch's own files are zips as well
         if "policy.pth" not in archive.namelist():
             return load(path)
+        if archive.getinfo("policy.pth").file_size > 100_000_000:
+            raise ValueError("policy.pth is far too large for a Nature CNN")
         policy = load(io.BytesIO(archive.read("policy.pth")))
     layers = {f"q_net.features_extractor.{theirs}": f"network.{ours}" for theirs, ours in SB3_LAYERS.items()}
     layers["q_net.q_net.0"] = "network.9"
@@ -564,8 +575,12 @@ def read_state(path: Path) -> dict[str, torch.Tensor]:
 
 def frozen_network(state: dict[str, torch.Tensor], num_actions: int) -> AtariNetwork:
     """A float32 network that nothing trains; its tensors tell Nature CNN from Impala-CNN."""
+    if not all(value.is_floating_point() for value in state.values()):
+        raise ValueError("its weights are not floating-point numbers")
     network = (TeacherNetwork if "network.9.bias" in state else QNetwork)(num_actions)
     network.load_state_dict(state)
+    if not all(parameter.isfinite().all() for parameter in network.parameters()):
+        raise ValueError("some of its weights are not finite")
     return network.requires_grad_(False)
 
 
@@ -614,7 +629,7 @@ def find_teacher(args: Args) -> tuple[Path, str]:
 def load_teacher_buffer(replay: FrameReplay, path: Path, made_with: dict) -> None:
     """Fill `replay` from `path`; UserError if the file is damaged or was made with other settings."""
     with user_error(f"--teacher-buffer {path}: not a readable buffer"):
-        content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        content = load(path, mmap=True)
         differing = [name for name in made_with if content["made_with"][name] != made_with[name]]
         if differing:
             raise UserError(f"--teacher-buffer {path}: made with another {', '.join(differing)}; name another file")
@@ -727,6 +742,23 @@ def refuse_changes(args: Args, before: dict) -> None:
             raise UserError(f"--{name.replace('_', '-')} {value}: {rule}")
 
 
+def refuse_unlike(value, model) -> None:
+    """ValueError unless `value` has the type of `model`, and inside its keys, shapes and dtypes or finite numbers."""
+    like = type(value) is type(model) or isinstance(model, torch.Tensor)
+    if isinstance(model, torch.Tensor):
+        like = isinstance(value, torch.Tensor) and (value.shape, value.dtype) == (model.shape, model.dtype)
+    elif like and isinstance(model, Mapping):
+        like = value.keys() == model.keys()
+        for key in model:
+            refuse_unlike(value[key], model[key])
+    elif like and isinstance(model, list | tuple):
+        like = all(isinstance(each, float) and math.isfinite(each) for each in value)
+    elif like:
+        like = math.isfinite(value)
+    if not like:
+        raise ValueError("not what was saved")
+
+
 def rewind_events(run_dir: Path, sizes: dict[str, int]) -> None:
     """Forget what was logged after the checkpoint, since it will be logged again."""
     for path in run_dir.glob("events.*"):
@@ -758,12 +790,13 @@ class Checkpoints:
     """The last two complete states of a run, in runs/RUN/checkpoints.
 
     Each is a file of its own and names the files with the frames of its replays, which are written only once: a
-    checkpoint adds those that are new since the one before. The sum of every file is part of its name.
+    checkpoint adds those that are new since the one before.
     """
 
     def __init__(self, run_dir: Path):
         self.directory = run_dir / "checkpoints"
-        self.count = 0
+        files = self.directory.glob("[0-9][0-9][0-9][0-9][0-9][0-9][-.]*")
+        self.count = max((int(path.name[:6]) for path in files), default=0)  # no name is used twice
         self.frames: dict[str, list] = {}  # of the newest: (file, slots written by each environment) for each replay
         self.kept: list[set[str]] = []  # files of the last two
         self.time, self.steps = time.monotonic(), 0  # of the last attempt
@@ -775,55 +808,49 @@ class Checkpoints:
 
     def save(self, content: dict, replays: dict[str, FrameReplay], steps: int) -> None:
         """Write `content`, plain values and tensors, and the replays; if that fails, a line, and the last one stays."""
-        self.time, self.steps = time.monotonic(), steps
+        self.time, self.steps, self.count = time.monotonic(), steps, self.count + 1
         with suppress(OSError):
             self.directory.mkdir(exist_ok=True)
-        count, frames, states = self.count + 1, {}, {}
+        content["frames"], content["replays"] = {}, {}
         for name, replay in replays.items():
-            oldest, written = (replay.written + 1 - replay.ring).tolist(), replay.written.tolist()
-            files = [each for each in self.frames.get(name, []) if any(end > old for end, old in zip(each[1], oldest))]
+            files, written = self.frames.get(name, []), replay.written.tolist()
+            if not all((self.directory / file).exists() for file, _ in files):
+                files = []  # somebody took them away
+            oldest = [slots + 1 - replay.ring for slots in written]
+            files = [each for each in files if any(end > old for end, old in zip(each[1], oldest))]
             since = files[-1][1] if files else [0] * replay.num_envs
             if since != written:
-                path = self.directory / f"{count:06d}-{name}.frames"
-                path = write(replay.pack_frames(since), path, summed=True)
-                if path is None:
+                path = self.directory / f"{self.count:06d}-{name}.frames"
+                if not write(replay.pack_frames(since), path):
                     return
                 files = [*files, (path.name, written)]
-            frames[name] = files
-            states[name] = {key: value for key, value in replay.state_dict().items() if key != "frames"}
-        content = content | {"count": count, "frames": frames, "replays": states}
-        path = write(content, self.directory / f"{count:06d}.checkpoint", summed=True)
-        if path is None:
-            return
-        self.count, self.frames = count, frames
+            content["frames"][name] = files
+            content["replays"][name] = {key: value for key, value in replay.state_dict().items() if key != "frames"}
+        path = self.directory / f"{self.count:06d}.checkpoint"
+        if write(content, path):
+            self.keep(path, content["frames"])
+            for each in self.directory.iterdir():
+                if not any(each.name in files for files in self.kept):
+                    each.unlink()
+
+    def keep(self, path: Path, frames: dict[str, list]) -> None:
+        """From now on `path`, with these frames, is the newest, and the one before it the oldest."""
+        self.frames = frames
         self.kept = [*self.kept[-1:], {path.name, *(file for files in frames.values() for file, _ in files)}]
-        for each in self.directory.iterdir():
-            if not any(each.name in files for files in self.kept):
-                each.unlink()
 
     def load(self) -> tuple[dict, dict[str, list]]:
         """The newest content whose files are all whole, and its frames; UserError if there is none."""
         for path in sorted(self.directory.glob("*.checkpoint"), reverse=True):
             try:
-                content = self.read(path)
-                files = {name: [Path(file).name for file, _ in of_name] for name, of_name in content["frames"].items()}
-                frames = {
-                    name: [block for file in files[name] for block in self.read(self.directory / file)]
-                    for name in files
-                }
-                self.count, self.frames = content["count"], content["frames"]
-                self.kept = [{path.name, *(file for of_name in files.values() for file in of_name)}]
+                content, frames = load(path), {}
+                for name, files in content["frames"].items():
+                    blocks = [load(self.directory / Path(file).name) for file, _ in files]
+                    frames[name] = [block for of_file in blocks for block in of_file]
+                self.keep(path, content["frames"])
                 return content, frames
             except Exception as error:
                 print(f"--resume: {path.name} is damaged ({first_line(error)}), looking for an older one")
         raise UserError(f"--resume {self.directory.parent}: no readable checkpoint in it")
-
-    @staticmethod
-    def read(path: Path):
-        data = path.read_bytes()
-        if not path.stem.endswith(f"-{zlib.crc32(data):08x}"):
-            raise ValueError("its contents are not those that were written")
-        return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
 
 
 # --- Training ---
@@ -882,12 +909,40 @@ def measure_teacher(args: Args, teacher: nn.Module, device: torch.device, stop: 
     return teacher_return, baseline_return
 
 
-def start_run(args: Args, facts: dict[str, str]) -> tuple[Path, SummaryWriter]:
+class Log(SummaryWriter):
+    """Scalars for TensorBoard. A disk that takes no more costs a line and points, not the run; `flush` tries anew."""
+
+    broken = False
+
+    def attempt(self, write: Callable, *args) -> None:
+        try:
+            if not self.broken:
+                write(*args)
+        except Exception as error:  # of the thread that writes, and from then on of every call
+            tqdm.write(f"cannot log to {self.log_dir}: {first_line(error)}; trying again at the next checkpoint")
+            self.broken = True
+
+    def add_scalar(self, tag: str, value: float, step: int) -> None:
+        self.attempt(super().add_scalar, tag, value, step)
+
+    def flush(self) -> None:
+        if self.broken:
+            self.file_writer = self.all_writers = None  # the next point opens a new file
+        self.broken = False
+        self.attempt(super().flush)
+
+    def close(self) -> None:
+        self.attempt(super().close)
+
+
+def start_run(args: Args, facts: dict[str, str]) -> tuple[Path, Log]:
     """A directory under runs/ with every flag and the `facts` in it, and a writer of event files there.
 
     It is a new one, or that of --resume.
     """
     run_dir = args.resume or Path("runs") / f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"
+    # Log says in a line what its thread died of.
+    threading.excepthook = lambda died: isinstance(died.exc_value, OSError) or threading.__excepthook__(died)
     with user_error(f"cannot start {run_dir}"):
         run_dir.mkdir(parents=True, exist_ok=args.resume is not None)
         if args.track:
@@ -897,11 +952,11 @@ def start_run(args: Args, facts: dict[str, str]) -> tuple[Path, SummaryWriter]:
             wandb.init(**names, id=run_dir.name, resume="allow", config=asdict(args), sync_tensorboard=True)
         settings = asdict(args) | facts
         (run_dir / "hyperparameters.json").write_text(json.dumps(settings, indent=2, default=str))
-        writer = SummaryWriter(run_dir)
-    if not args.resume:
-        rows = "\n".join(f"|{name}|{value}|" for name, value in settings.items())
-        writer.add_text("hyperparameters", f"|name|value|\n|-|-|\n{rows}")
-    return run_dir, writer
+        log = Log(run_dir)
+        if not args.resume:
+            rows = "\n".join(f"|{name}|{value}|" for name, value in settings.items())
+            log.add_text("hyperparameters", f"|name|value|\n|-|-|\n{rows}")
+    return run_dir, log
 
 
 def finish_step(envs, replay: FrameReplay, obs, actions, teacher_q_values) -> tuple[np.ndarray, dict]:
@@ -931,6 +986,7 @@ def train(args: Args, stop: Sequence[int] = ()) -> Path:
         saved, saved_frames = checkpoints.load()
         with user_error(f"--resume {args.resume}: its checkpoint does not fit"):
             refuse_changes(args, saved["args"])
+            refuse_unlike(saved["progress"], asdict(progress))
             progress, facts = Progress(**saved["progress"]), saved["facts"]
             checkpoints.steps = progress.steps
             if saved["teacher"]:
@@ -969,10 +1025,15 @@ def train(args: Args, stop: Sequence[int] = ()) -> Path:
 
     if saved:
         with user_error(f"--resume {args.resume}: its checkpoint does not fit"):
+            refuse_unlike(saved["returns"], (0.0, 0.0))
             teacher_return, baseline_return = saved["returns"]
-            parts = {"q_network": q_network, "target_network": target_network, "optimizer": optimizer}
-            for name, part in parts.items():
-                part.load_state_dict(saved[name])
+            for name, network in {"q_network": q_network, "target_network": target_network}.items():
+                refuse_unlike(saved[name], network.state_dict())
+                network.load_state_dict(saved[name])
+            if saved["optimizer"]:
+                averages = [{"step": torch.zeros(()), "exp_avg": p, "exp_avg_sq": p} for p in q_network.parameters()]
+                refuse_unlike(saved["optimizer"], dict(enumerate(averages)))
+            optimizer.load_state_dict(optimizer.state_dict() | {"state": saved["optimizer"]})
             generator.set_state(saved["generator"])
             for name, state in saved["replays"].items():
                 of_name = {"teacher": teacher_replay, "student": replay}[name]
@@ -981,11 +1042,11 @@ def train(args: Args, stop: Sequence[int] = ()) -> Path:
             rewind_events(args.resume, saved["events"])
     else:
         teacher_return, baseline_return = measure_teacher(args, teacher, device, stop) if teacher else (0.0, 0.0)
-    run_dir, writer = start_run(args, facts)
+    run_dir, log = start_run(args, facts)
     video_dir = str(run_dir / "videos") if args.capture_video else None
     checkpoints = checkpoints or Checkpoints(run_dir)
     if teacher and not saved:
-        writer.add_scalar("charts/teacher/avg_episodic_return", teacher_return, 0)
+        log.add_scalar("charts/teacher/avg_episodic_return", teacher_return, 0)
 
     def q_values(network: nn.Module, obs: torch.Tensor) -> torch.Tensor:
         with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
@@ -1017,7 +1078,7 @@ def train(args: Args, stop: Sequence[int] = ()) -> Path:
         except Stopped as stopped:  # a checkpoint was written right before
             raise Stopped(*stopped.args, run_dir) from None
         progress.evaluated, progress.scores = step, returns
-        writer.add_scalar(tag, progress.score, step)
+        log.add_scalar(tag, progress.score, step)
         if args.save_model:
             write(q_network.state_dict(), run_dir / f"{args.exp_name}.cleanrl_model")
 
@@ -1032,7 +1093,7 @@ def train(args: Args, stop: Sequence[int] = ()) -> Path:
     def save(envs: gym.vector.VectorEnv | None = None, obs: np.ndarray | None = None) -> None:
         """A checkpoint, unless the last update went wrong."""
         read_metrics()
-        writer.flush()
+        log.flush()
         content = {
             "args": plain(args),
             "facts": facts,
@@ -1041,7 +1102,7 @@ def train(args: Args, stop: Sequence[int] = ()) -> Path:
             "teacher": teacher.state_dict() if teacher else None,
             "q_network": q_network.state_dict(),
             "target_network": target_network.state_dict(),
-            "optimizer": optimizer.state_dict(),
+            "optimizer": optimizer.state_dict()["state"],
             "generator": generator.get_state(),
             "games": None if envs is None else (torch.as_tensor(obs), envs.get_attr("game_state")),
             "events": {path.name: path.stat().st_size for path in run_dir.glob("events.*")},
@@ -1063,8 +1124,10 @@ def train(args: Args, stop: Sequence[int] = ()) -> Path:
         obs, _ = envs.reset(seed=seed)
         games = saved.pop("games", None)
         if games:
-            envs.set_attr("game_state", list(games[1]))
-            obs = games[0].numpy()
+            with user_error(f"--resume {args.resume}: its games do not fit"):
+                refuse_unlike(games[0], torch.as_tensor(obs))
+                obs = games[0].numpy()
+                envs.set_attr("game_state", list(games[1]))
         return envs, obs
 
     # Phase 1: the teacher fills its buffer.
@@ -1090,7 +1153,7 @@ def train(args: Args, stop: Sequence[int] = ()) -> Path:
         distill_weight.fill_(args.distill_coef)
         with tqdm(total=offline_steps, initial=progress.offline_steps, desc="offline", unit="update") as bar:
             while True:
-                at_end = progress.offline_steps == offline_steps
+                at_end = progress.offline_steps >= offline_steps
                 if (at_end or progress.offline_steps % 100_000 == 0) and progress.evaluated != progress.offline_steps:
                     save()
                     evaluate_student("charts/offline/avg_episodic_return", progress.offline_steps)
@@ -1105,7 +1168,7 @@ def train(args: Args, stop: Sequence[int] = ()) -> Path:
                 if progress.offline_steps % 100 == 0:
                     values = read_metrics()
                     for name, tag in {"loss": "loss", "td_loss": "q_loss", "distill_loss": "distill_loss"}.items():
-                        writer.add_scalar(f"charts/offline/{tag}", values[name], progress.offline_steps)
+                        log.add_scalar(f"charts/offline/{tag}", values[name], progress.offline_steps)
                     bar.set_postfix_str(f"return={progress.score:.1f}, λ=1.00", refresh=False)
         update_target(tau=1.0)
         teacher_replay, progress.evaluated = None, -1
@@ -1156,8 +1219,8 @@ def train(args: Args, stop: Sequence[int] = ()) -> Path:
 
             global_step = offline_steps + progress.online_steps
             for _, game_return, game_length in finished_games(infos):
-                writer.add_scalar("charts/episodic_return", game_return, global_step)
-                writer.add_scalar("charts/episodic_length", game_length, global_step)
+                log.add_scalar("charts/episodic_return", game_return, global_step)
+                log.add_scalar("charts/episodic_length", game_length, global_step)
                 progress.recent_returns = [*progress.recent_returns[-9:], game_return]
             if due(begin, args.num_envs, 100):
                 speed = progress.online_steps / progress.online_seconds
@@ -1166,11 +1229,11 @@ def train(args: Args, stop: Sequence[int] = ()) -> Path:
                 if not progress.distilling:
                     scalars.pop("losses/distill_loss", None)  # there is no teacher to differ from
                 for tag, value in scalars.items():
-                    writer.add_scalar(tag, value, global_step)
+                    log.add_scalar(tag, value, global_step)
                 shown = np.mean(progress.recent_returns or [np.nan])
                 bar.set_postfix_str(f"return={shown:.1f}, λ={coefficient:.2f}", refresh=False)
 
-    writer.close()
+    log.close()
     print(f"{run_dir}: {progress.score:.2f} ± {np.std(progress.scores):.2f} over {len(progress.scores)} games")
     if upload_repo:
         upload_model(args, upload_repo, run_dir, progress.scores)

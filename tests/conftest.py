@@ -3,6 +3,7 @@
 import base64
 import hashlib
 import inspect
+import io
 import json
 import os
 import shutil
@@ -24,6 +25,31 @@ os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
 
 PROGRAM = Path(inspect.getsourcefile(qdagger)).resolve()
+
+
+def saved(content) -> bytes:
+    file = io.BytesIO()
+    torch.save(content, file)
+    return file.getvalue()
+
+
+def refusal(refused, *args) -> str:
+    """The message of the UserError that `refused(*args)` raises; always one line."""
+    with pytest.raises(qdagger.UserError) as error:
+        refused(*args)
+    message = str(error.value)
+    assert len(message.splitlines()) == 1 and len(message) < 400
+    return message
+
+
+class Malicious:
+    """Unpickling this by the book writes a file."""
+
+    def __init__(self, victim: Path):
+        self.victim = victim
+
+    def __reduce__(self):
+        return Path.write_text, (self.victim, "was here")
 
 
 @pytest.fixture(scope="session")

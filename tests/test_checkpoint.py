@@ -16,10 +16,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import Malicious
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import qdagger_dqn_atari_impalacnn as qdagger
-from qdagger_dqn_atari_impalacnn import Args, Checkpoints, FrameReplay, Stopped, UserError, args_of, make_env, train
+from qdagger_dqn_atari_impalacnn import (
+    Args,
+    Checkpoints,
+    FrameReplay,
+    Stopped,
+    UserError,
+    args_of,
+    load,
+    make_env,
+    train,
+)
 
 PHASES = dict(teacher_steps=80, offline_steps=20, total_timesteps=160, learning_starts=60, buffer_size=100)
 SIZES = dict(
@@ -155,12 +166,12 @@ def test_two_checkpoints_are_kept_and_every_frame_is_written_once(go):
     run = go(checkpoint_frequency=16)
     files = sorted((run / "checkpoints").iterdir())
     assert len([path for path in files if path.suffix == ".checkpoint"]) == 2
-    blocks = [block for path in files if path.suffix == ".frames" for block in Checkpoints.read(path)]
+    blocks = [block for path in files if path.suffix == ".frames" for block in load(path)]
     spans = sorted((env, first) for env, first, _ in blocks)
     assert len(set(spans)) == len(spans)
     assert {path.name for path in files} == set().union(
         *(
-            {path.name} | {file for file, _ in Checkpoints.read(path)["frames"]["student"]}
+            {path.name} | {file for file, _ in load(path)["frames"]["student"]}
             for path in files
             if path.suffix == ".checkpoint"
         )
@@ -183,9 +194,10 @@ def damage(path: Path, kind: str) -> None:
 def stopped(go):
     """A run that was stopped in phase 1 after 60 of the teacher's steps; its checkpoint before that is of 56."""
     run = go(StopAfter(30), checkpoint_frequency=8)
-    assert [
-        Checkpoints.read(path)["progress"]["teacher_steps"] for path in sorted(run.glob("checkpoints/*.checkpoint"))
-    ] == [56, 60]
+    assert [load(path)["progress"]["teacher_steps"] for path in sorted(run.glob("checkpoints/*.checkpoint"))] == [
+        56,
+        60,
+    ]
     return run
 
 
@@ -229,18 +241,10 @@ def test_without_a_readable_checkpoint_there_is_a_line(go, copied):
             args_of(missing)
 
 
-class Malicious:
-    def __init__(self, victim: Path):
-        self.victim = victim
-
-    def __reduce__(self):
-        return Path.write_text, (self.victim, "was here")
-
-
 def test_a_checkpoint_never_runs_code(copied, tmp_path):
-    """Not even one whose sum is right."""
     victim = tmp_path / "victim"
-    written = qdagger.write({"frames": Malicious(victim)}, copied / "checkpoints" / "999999.checkpoint", summed=True)
+    written = copied / "checkpoints" / "999999.checkpoint"
+    qdagger.write({"frames": Malicious(victim)}, written)
     assert Checkpoints(copied).load()[0]["progress"]["teacher_steps"] == 60
     assert not victim.exists()
     torch.load(written, weights_only=False)  # it would have worked

@@ -14,28 +14,14 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from conftest import Malicious, refusal, saved
 from stable_baselines3 import DQN, PPO
 from stable_baselines3.common.base_class import BaseAlgorithm
 
 import qdagger_dqn_atari_impalacnn as qdagger
-from qdagger_dqn_atari_impalacnn import Args, FrameReplay, QNetwork, TeacherNetwork, UserError, load_model
+from qdagger_dqn_atari_impalacnn import Args, FrameReplay, QNetwork, TeacherNetwork, load_model
 
 BREAKOUT, PONG, MS_PACMAN = "BreakoutNoFrameskip-v4", "PongNoFrameskip-v4", "MsPacmanNoFrameskip-v4"
-
-
-def saved(content) -> bytes:
-    file = io.BytesIO()
-    torch.save(content, file)
-    return file.getvalue()
-
-
-def refusal(refused, *args) -> str:
-    """The message of the UserError that `refused(*args)` raises; always one line."""
-    with pytest.raises(UserError) as error:
-        refused(*args)
-    message = str(error.value)
-    assert len(message.splitlines()) == 1 and len(message) < 400
-    return message
 
 
 # --- A file ---
@@ -118,16 +104,6 @@ def test_a_truncated_model_is_refused(tmp_path, share):
     path = tmp_path / "model"
     path.write_bytes(content[: int(share * len(content))])
     assert refusal(load_model, path, 4, "--teacher").startswith(f"--teacher {path}: ")
-
-
-class Malicious:
-    """Unpickling this by the book writes a file."""
-
-    def __init__(self, victim: Path):
-        self.victim = victim
-
-    def __reduce__(self):
-        return Path.write_text, (self.victim, "was here")
 
 
 @pytest.mark.parametrize("content", [Malicious, lambda victim: {**nature_state(), "note": Malicious(victim)}])
