@@ -18,6 +18,7 @@ import pytest
 import torch
 from conftest import Malicious
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.compat.tensorflow_stub.io.gfile import LocalFileSystem
 
 import qdagger_dqn_atari_impalacnn as qdagger
 from qdagger_dqn_atari_impalacnn import (
@@ -274,6 +275,47 @@ def test_a_disk_that_takes_no_checkpoint_does_not_stop_training(go, whole, monke
     assert all(torch.equal(expected[name], value) for name, value in weights(run).items())
 
 
+def test_a_disk_that_takes_no_points_does_not_stop_training(go, whole, monkeypatch, capfd):
+    """One line a checkpoint, no traceback of the thread that writes, and points again once there is room."""
+    filesystem, calls = LocalFileSystem.append, []
+
+    def full(self, filename, content, binary_mode=False):
+        calls.append(filename)
+        if 1 < len(calls) < 6:
+            raise OSError(28, "No space left on device")
+        return filesystem(self, filename, content, binary_mode)
+
+    monkeypatch.setattr(LocalFileSystem, "append", full)
+    run = go(checkpoint_frequency=16)
+    output = "".join(capfd.readouterr())
+    assert output.count("No space left on device; trying again at the next checkpoint") == 4
+    assert "Traceback" not in output
+    expected, logged = points(whole(2)), points(run)
+    assert 0 < sum(map(len, logged.values())) < sum(map(len, expected.values()))
+    assert all(set(of_tag) <= set(expected[tag]) for tag, of_tag in logged.items())
+    assert all(torch.equal(*pair) for pair in zip(weights(whole(2)).values(), weights(run).values()))
+
+
+def test_a_directory_that_disappears_does_not_stop_training(go, whole, capfd):
+    class TakeAway(list):
+        """No signal, but at the 50th safe point the run's directory goes."""
+
+        points = 0
+
+        def __bool__(self) -> bool:
+            self.points += 1
+            if self.points == 50:
+                for directory in Path("runs").iterdir():
+                    shutil.rmtree(directory)
+            return False
+
+    run = go(TakeAway(), checkpoint_frequency=16)
+    output = "".join(capfd.readouterr())
+    assert "cannot" in output and "Traceback" not in output
+    expected = weights(whole(2))
+    assert all(torch.equal(expected[name], value) for name, value in weights(run).items())
+
+
 def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_checkpoint(go, monkeypatch):
     loss, calls = qdagger.qdagger_loss, []
 
@@ -337,11 +379,13 @@ def test_a_game_whose_process_dies_ends_the_run_with_a_line(make_model, tmp_path
     assert output.splitlines()[-1].startswith("error: the process of a game died")
 
 
-def test_a_run_that_is_killed_again_and_again_arrives(make_model, tmp_path):
+@pytest.mark.parametrize("kills", [3, pytest.param(30, marks=pytest.mark.long)])
+def test_a_run_that_is_killed_again_and_again_arrives(make_model, tmp_path, kills):
     """SIGKILL to everything at random moments, in the middle of writing too: nothing is lost but the last few steps."""
     rng = random.Random(0)
-    process = start(tmp_path, "--teacher", str(make_model(4, action=1)), *FLAGS)
-    for _ in range(3):
+    flags = [*FLAGS, f"--offline-steps={5 * kills}", f"--total-timesteps={60 * kills}"]
+    process = start(tmp_path, "--teacher", str(make_model(4, action=1)), *flags)
+    for _ in range(kills):
         wait_for("runs/*/checkpoints/*.checkpoint", tmp_path, process)
         time.sleep(rng.random() * 2)
         os.killpg(process.pid, signal.SIGKILL)
@@ -351,5 +395,36 @@ def test_a_run_that_is_killed_again_and_again_arrives(make_model, tmp_path):
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 0, output
     steps = [step for step, _ in points(run)["charts/distill_coeff"]]
-    assert steps == sorted(set(steps)) and steps[-1] >= 20 + 100
+    assert steps == list(range(5 * kills + 100, 65 * kills + 1, 100))
     assert len(list(run.glob("*.cleanrl_model"))) == 1
+
+
+# --- Memory ---
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads memory from /proc")
+@pytest.mark.parametrize("seconds", [15, pytest.param(1200, marks=pytest.mark.long)])
+def test_memory_stays_flat(tmp_path, seconds):
+    """Once the replay is full, neither the learner nor its games grow: over all, less than 2% in the second half."""
+    flags = ["--teacher=none", "--network=nature", "--batch-size=4", "--buffer-size=400", "--learning-starts=100"]
+    process = start(tmp_path, *flags, "--no-cuda", "--checkpoint-frequency=2000", "--total-timesteps=10000000")
+    wait_for("runs/*/checkpoints/*.checkpoint", tmp_path, process)
+
+    def resident() -> int:
+        """Bytes of all processes of the run."""
+        pages = 0
+        for path in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                if os.getpgid(int(path.name)) == process.pid:
+                    pages += int((path / "statm").read_text().split()[1])
+        return pages * os.sysconf("SC_PAGE_SIZE")
+
+    sizes = []
+    for _ in range(30):
+        time.sleep(seconds / 30)
+        sizes.append(resident())
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    print(f"{seconds} s: {[size >> 20 for size in sizes]} MiB")
+    first, second = np.median(sizes[10:20]), np.median(sizes[20:])
+    assert first > 1e8 and second < 1.02 * first
