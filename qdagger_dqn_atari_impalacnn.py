@@ -108,7 +108,9 @@ class Args:
 
     # speed
     network: Literal["impala", "nature"] = "impala"  # the network that learns
-    amp: bool = False  # all layers but the last in bfloat16: faster where the hardware has it, rounded otherwise
+    amp: bool | None = None  # all layers but the last in bfloat16; unset: only on a CPU with AMX, twice as fast
+    capture: bool = True  # on a GPU, replay each gradient step as one CUDA graph, once it was seen to do the same
+    compile: bool = False  # let torch.compile fuse the networks; needs a C++ compiler, and minutes at the start
 
     # checkpoints
     checkpoint_frequency: int | None = None  # steps or updates per checkpoint; unset: 10 minutes; 0: at evaluations
@@ -343,6 +345,15 @@ class Batch(NamedTuple):
     teacher_q_values: torch.Tensor  # float32 (batch, num_actions) at obs
 
 
+def frame_store(slots: int, device: torch.device) -> torch.Tensor:
+    """Room for frames, uint8 (slots, 7056): on the device, or on the host, pinned, if it would fill a GPU's memory."""
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else math.inf
+    if free - slots * 84 * 84 < 2e9:  # what networks and kernels need
+        print(f"the GPU has {free / 1e9:.1f} GB to spare: {slots * 84 * 84 / 1e9:.1f} GB of frames stay on the host")
+        return torch.empty((slots, 84 * 84), dtype=torch.uint8, pin_memory=True)
+    return torch.empty((slots, 84 * 84), dtype=torch.uint8, device=device)
+
+
 class FrameReplay:
     """Uniform replay that stores each frame once, 7,056 bytes, and rebuilds stacks of four when it is sampled.
 
@@ -353,14 +364,14 @@ class FrameReplay:
 
     Args:
         capacity: how many transitions can be drawn at least, over all environments, once so many were added.
-        device: where everything is stored, drawn and gathered.
+        device: where everything is stored, drawn and gathered; frames on the host if it is a GPU too small for them.
     """
 
     def __init__(self, capacity: int, num_envs: int, num_actions: int, device: torch.device | str = "cpu"):
         self.num_envs, self.device = num_envs, device
         self.ring = math.ceil(capacity / num_envs) + STACK + 1  # the slot being written, and the oldest stack's frames
         slots = num_envs * self.ring
-        self.frames = torch.empty((slots, 84 * 84), dtype=torch.uint8, device=device)
+        self.frames = frame_store(slots, torch.device(device))
         self.ages = torch.zeros(slots, dtype=torch.int64, device=device)
         self.actions = torch.zeros(slots, dtype=torch.int64, device=device)
         self.rewards = torch.zeros(slots, device=device)
@@ -386,8 +397,9 @@ class FrameReplay:
         tensor = partial(torch.as_tensor, device=self.device)
         here, behind = self.slot(self.env, self.written), self.slot(self.env, self.written + 1)
         terminations, truncations = tensor(terminations), tensor(truncations)
-        self.frames[here] = tensor(obs[:, -1].reshape(self.num_envs, -1))
-        self.frames[behind] = tensor(next_obs[:, -1].reshape(self.num_envs, -1))
+        for slots, stacks in ((here, obs), (behind, next_obs)):
+            newest = torch.as_tensor(stacks[:, -1].reshape(self.num_envs, -1), device=self.frames.device)
+            self.frames[slots.to(self.frames.device)] = newest
         self.ages[here] = self.age
         self.actions[here] = tensor(actions)
         self.rewards[here] = tensor(rewards, dtype=torch.float32)
@@ -432,7 +444,8 @@ class FrameReplay:
         """Observations uint8 (batch, 4, 84, 84) whose newest frame is the `time`-th of `env`."""
         back = torch.arange(STACK - 1, -1, -1, device=self.device).minimum(age[:, None])  # (batch, 4)
         slots = self.slot(env[:, None], time[:, None] - back)
-        return self.frames.index_select(0, slots.flatten()).view(-1, STACK, 84, 84)
+        frames = self.frames.index_select(0, slots.flatten().to(self.frames.device))
+        return frames.to(self.device, non_blocking=True).view(-1, STACK, 84, 84)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         return {name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
@@ -453,7 +466,7 @@ class FrameReplay:
 
         def compress(block: tuple[int, int, int]) -> tuple[int, int, torch.Tensor]:
             env, first, end = block
-            frames = self.frames[self.slot(env, torch.arange(first, end, device=self.device))]
+            frames = self.frames[self.slot(env, torch.arange(first, end, device=self.frames.device))]
             packed = zlib.compress(frames.cpu().numpy(), level=1)
             return env, first, torch.frombuffer(bytearray(packed), dtype=torch.uint8)
 
@@ -467,8 +480,8 @@ class FrameReplay:
             if not zlib_stream.eof:
                 raise ValueError("not the frames that were packed")
             frames = torch.frombuffer(bytearray(frames), dtype=torch.uint8).view(-1, 84 * 84)
-            slots = self.slot(env, torch.arange(first, first + len(frames), device=self.device))
-            self.frames[slots] = frames.to(self.device)
+            slots = self.slot(env, torch.arange(first, first + len(frames), device=self.frames.device))
+            self.frames[slots] = frames.to(self.frames.device)
 
 
 # --- The mathematics ---
@@ -661,6 +674,80 @@ def upload_model(args: Args, repo: str, run_dir: Path, returns: list[float]) -> 
         (run_dir / "README.md").write_text(f"---\n{data}\n---\n{text}")
         HfApi().create_repo(repo, exist_ok=True)
         HfApi().upload_folder(repo_id=repo, folder_path=run_dir, ignore_patterns="checkpoints/*", commit_message=score)
+
+
+# --- Acceleration ---
+
+
+def choose_device(args: Args) -> torch.device:
+    """The device to train on; settles --amp for it."""
+    if args.cuda and not torch.cuda.is_available():
+        print("--cuda: no GPU found, running on the CPU")
+    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32
+        torch.backends.cudnn.deterministic = args.torch_deterministic
+    if args.amp is None:
+        capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+        args.amp = device.type == "cpu" and capabilities.get("amx_bf16", False)
+        if args.amp:
+            print("--amp: this CPU has AMX, so the networks run in bfloat16; --no-amp for float32")
+    return device
+
+
+class Captured:
+    """`step()` as one CUDA graph: its kernels run again without Python between them.
+
+    The first call runs it as it is, captures it, and compares what both made of `tensors`, all that it changes, with
+    the same draws from `generator`. If they differ or the capture fails: a line, and from then on it runs as it is.
+    """
+
+    def __init__(self, step: Callable[[], None], tensors: Sequence[torch.Tensor], generator: torch.Generator):
+        self.step, self.tensors, self.generator, self.run = step, tensors, generator, None
+
+    def __call__(self) -> None:
+        if self.run is None:
+            try:
+                self.run = self.capture()
+            except Exception as error:
+                tqdm.write(f"--capture: {first_line(error)}; gradient steps run one kernel at a time")
+                self.run = self.step
+        self.run()
+
+    def capture(self) -> Callable[[], None]:
+        begin, random_state = self.values(), self.generator.get_state()
+
+        @torch.no_grad()
+        def rewind() -> None:
+            for tensor, value in zip(self.tensors, begin):
+                tensor.copy_(value)
+            self.generator.set_state(random_state)
+
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        try:
+            with torch.cuda.stream(stream):
+                for _ in range(3):  # the first calls choose algorithms and allocate
+                    rewind()
+                    self.step()
+            torch.cuda.current_stream().wait_stream(stream)
+            plain = self.values()
+            graph = torch.cuda.CUDAGraph()
+            graph.register_generator_state(self.generator)
+            with torch.cuda.graph(graph):
+                self.step()
+            rewind()
+            graph.replay()
+            for value, expected, before in zip(self.values(), plain, begin):
+                if (value - expected).norm() > 0.1 * (expected - before).norm():  # more than rounding
+                    raise ValueError("the graph does not do what the step does")
+        finally:
+            rewind()
+        return graph.replay
+
+    @torch.no_grad()
+    def values(self) -> list[torch.Tensor]:
+        return [tensor.clone() for tensor in self.tensors]
 
 
 # --- Evaluation ---
@@ -856,6 +943,79 @@ class Checkpoints:
 # --- Training ---
 
 
+class Learner:
+    """The student, its target network and its optimizer, and the one gradient step of both phases."""
+
+    def __init__(self, args: Args, num_actions: int, device: torch.device):
+        self.args, self.device = args, device
+        torch.manual_seed(args.seed)  # the network's first weights
+        self.generator = torch.Generator(device).manual_seed(args.seed)  # exploration and sampling
+        self.q_network = NETWORKS[args.network](num_actions).to(device, memory_format=torch.channels_last)
+        self.target_network = copy.deepcopy(self.q_network).requires_grad_(False)
+        self.distill_weight = torch.zeros((), device=device)  # distill_coef times lambda
+        self.metrics: dict[str, torch.Tensor] = {}  # of the last gradient step
+
+        on_gpu = device.type == "cuda"
+        parameters, rates = list(self.q_network.parameters()), {"lr": args.learning_rate, "eps": args.adam_eps}
+        self.optimizer = torch.optim.Adam(parameters, **rates, fused=True, capturable=on_gpu)
+        for parameter in parameters:  # Adam makes its averages in its first step, but they are to be restored, captured
+            parameter.grad = torch.zeros_like(parameter)
+        self.optimizer.step()  # changes no weight, since there is no gradient
+        for state in self.optimizer.state.values():
+            state["step"].zero_()
+        if args.compile:
+            with user_error("--compile: torch.compile fails here"):
+                for network in (self.q_network, self.target_network):
+                    network.compile()
+                    network(torch.zeros((args.num_envs, STACK, 84, 84), dtype=torch.uint8, device=device))
+
+    def q_values(self, obs: torch.Tensor, network: nn.Module | None = None) -> torch.Tensor:
+        """float32 (batch, num_actions) of the student, or of its target network."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.amp, cache_enabled=False):
+            return (network or self.q_network)(obs)
+
+    def gradient_step(self, replay: FrameReplay) -> None:
+        args = self.args
+        batch = replay.sample(args.batch_size, args.n_step, args.gamma, self.generator)
+        with torch.no_grad():
+            next_q_values = self.q_values(batch.next_obs, self.target_network)
+        q_values = self.q_values(batch.obs)
+        loss, td_loss, distill_loss = qdagger_loss(
+            q_values, next_q_values, batch, self.distill_weight, args.temperature, args.huber
+        )
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        self.metrics.update(loss=loss, td_loss=td_loss, distill_loss=distill_loss, q_values=q_values.mean())
+
+    def changed(self) -> list[torch.Tensor]:
+        """All that a gradient step changes."""
+        averages = [value for state in self.optimizer.state.values() for value in state.values()]
+        return [*self.q_network.parameters(), *averages]
+
+    def step_on(self, replay: FrameReplay) -> Callable[[], None]:
+        """`gradient_step` on `replay`, captured where that can be."""
+        step = partial(self.gradient_step, replay)
+        can_be = self.args.capture and replay.frames.is_cuda
+        return Captured(step, self.changed(), self.generator) if can_be else step
+
+    @torch.no_grad()
+    def update_target(self, tau: float) -> None:
+        torch._foreach_lerp_(list(self.target_network.parameters()), list(self.q_network.parameters()), tau)
+
+    def state_dict(self) -> dict:
+        networks = {"q_network": self.q_network.state_dict(), "target_network": self.target_network.state_dict()}
+        return networks | {"optimizer": self.optimizer.state_dict()["state"], "generator": self.generator.get_state()}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Restore `state_dict` of a learner with the same networks; ValueError for any other."""
+        refuse_unlike(state, self.state_dict())
+        self.q_network.load_state_dict(state["q_network"])
+        self.target_network.load_state_dict(state["target_network"])
+        self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": state["optimizer"]})
+        self.generator.set_state(state["generator"].cpu())
+
+
 @dataclass
 class Progress:
     """The work done so far: each phase is a loop that goes on from here."""
@@ -881,12 +1041,6 @@ class Progress:
     def student_return(self) -> float | None:
         """What lambda is made of: None until 10 games are over."""
         return float(np.mean(self.recent_returns)) if len(self.recent_returns) == 10 else None
-
-
-def choose_device(args: Args) -> torch.device:
-    if args.cuda and not torch.cuda.is_available():
-        print("--cuda: no GPU found, running on the CPU")
-    return torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
 
 
 def num_actions(args: Args) -> int:
@@ -1014,27 +1168,12 @@ def train(args: Args, stop: Sequence[int] = ()) -> Path:
             load_teacher_buffer(teacher_replay, args.teacher_buffer, made_with)
             progress.teacher_steps = args.teacher_steps
 
-    torch.manual_seed(args.seed)  # the network's first weights
-    generator = torch.Generator(device).manual_seed(args.seed)  # exploration and sampling
-    torch.backends.cudnn.deterministic = args.torch_deterministic
-    q_network = NETWORKS[args.network](actions_count).to(device, memory_format=torch.channels_last)
-    target_network = copy.deepcopy(q_network).requires_grad_(False)
-    optimizer = torch.optim.Adam(q_network.parameters(), lr=args.learning_rate, eps=args.adam_eps, fused=True)
-    distill_weight = torch.zeros((), device=device)  # distill_coef times lambda
-    metrics: dict[str, torch.Tensor] = {}  # of the last gradient step
-
+    learner = Learner(args, actions_count, device)
     if saved:
         with user_error(f"--resume {args.resume}: its checkpoint does not fit"):
             refuse_unlike(saved["returns"], (0.0, 0.0))
             teacher_return, baseline_return = saved["returns"]
-            for name, network in {"q_network": q_network, "target_network": target_network}.items():
-                refuse_unlike(saved[name], network.state_dict())
-                network.load_state_dict(saved[name])
-            if saved["optimizer"]:
-                averages = [{"step": torch.zeros(()), "exp_avg": p, "exp_avg_sq": p} for p in q_network.parameters()]
-                refuse_unlike(saved["optimizer"], dict(enumerate(averages)))
-            optimizer.load_state_dict(optimizer.state_dict() | {"state": saved["optimizer"]})
-            generator.set_state(saved["generator"])
+            learner.load_state_dict(saved["learner"])
             for name, state in saved["replays"].items():
                 of_name = {"teacher": teacher_replay, "student": replay}[name]
                 of_name.load_state_dict(state | {"frames": of_name.frames})
@@ -1048,43 +1187,19 @@ def train(args: Args, stop: Sequence[int] = ()) -> Path:
     if teacher and not saved:
         log.add_scalar("charts/teacher/avg_episodic_return", teacher_return, 0)
 
-    def q_values(network: nn.Module, obs: torch.Tensor) -> torch.Tensor:
-        with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
-            return network(obs)
-
-    def gradient_step(replay: FrameReplay) -> None:
-        batch = replay.sample(args.batch_size, args.n_step, args.gamma, generator)
-        with torch.no_grad():
-            next_q_values = q_values(target_network, batch.next_obs)
-        student_q_values = q_values(q_network, batch.obs)
-        loss, td_loss, distill_loss = qdagger_loss(
-            student_q_values, next_q_values, batch, distill_weight, args.temperature, args.huber
-        )
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        metrics.update(loss=loss, td_loss=td_loss, distill_loss=distill_loss, q_values=student_q_values.mean())
-
-    @torch.no_grad()
-    def update_target(tau: float) -> None:
-        for target_parameter, parameter in zip(target_network.parameters(), q_network.parameters()):
-            target_parameter.lerp_(parameter, tau)
-
-    student = partial(q_values, q_network)
-
     def evaluate_student(tag: str, step: int, video_dir: str | None = None) -> None:
         try:
-            returns = evaluate(student, args, args.eval_episodes, device, video_dir=video_dir, stop=stop)
+            returns = evaluate(learner.q_values, args, args.eval_episodes, device, video_dir=video_dir, stop=stop)
         except Stopped as stopped:  # a checkpoint was written right before
             raise Stopped(*stopped.args, run_dir) from None
         progress.evaluated, progress.scores = step, returns
         log.add_scalar(tag, progress.score, step)
         if args.save_model:
-            write(q_network.state_dict(), run_dir / f"{args.exp_name}.cleanrl_model")
+            write(learner.q_network.state_dict(), run_dir / f"{args.exp_name}.cleanrl_model")
 
     def read_metrics() -> dict[str, float]:
         """The last gradient step's; a UserError if the loss is no number any more."""
-        values = {name: value.item() for name, value in metrics.items()}
+        values = {name: value.item() for name, value in learner.metrics.items()}
         if not math.isfinite(values.get("loss", 0.0)):
             after = f"{progress.offline_steps} offline updates and {progress.online_steps} online steps"
             raise UserError(f"the loss is {values['loss']} after {after}; {run_dir} keeps its last checkpoint")
@@ -1100,10 +1215,7 @@ def train(args: Args, stop: Sequence[int] = ()) -> Path:
             "progress": asdict(progress),
             "returns": (teacher_return, baseline_return),
             "teacher": teacher.state_dict() if teacher else None,
-            "q_network": q_network.state_dict(),
-            "target_network": target_network.state_dict(),
-            "optimizer": optimizer.state_dict()["state"],
-            "generator": generator.get_state(),
+            "learner": learner.state_dict(),
             "games": None if envs is None else (torch.as_tensor(obs), envs.get_attr("game_state")),
             "events": {path.name: path.stat().st_size for path in run_dir.glob("events.*")},
         }
@@ -1138,7 +1250,9 @@ def train(args: Args, stop: Sequence[int] = ()) -> Path:
             while progress.teacher_steps < args.teacher_steps:
                 safe_point(envs, obs)
                 epsilon = linear_schedule(args.start_e, args.end_e, args.teacher_steps, progress.teacher_steps)
-                actions, teacher_q_values = act(teacher, torch.as_tensor(obs, device=device), epsilon, generator)
+                actions, teacher_q_values = act(
+                    teacher, torch.as_tensor(obs, device=device), epsilon, learner.generator
+                )
                 envs.step_async(actions.cpu().numpy())
                 obs, infos = finish_step(envs, teacher_replay, obs, actions, teacher_q_values)
                 progress.teacher_steps += args.num_envs
@@ -1150,7 +1264,8 @@ def train(args: Args, stop: Sequence[int] = ()) -> Path:
 
     # Phase 2: the student learns from the teacher's buffer alone.
     if teacher_replay:
-        distill_weight.fill_(args.distill_coef)
+        learner.distill_weight.fill_(args.distill_coef)
+        gradient_step = learner.step_on(teacher_replay)
         with tqdm(total=offline_steps, initial=progress.offline_steps, desc="offline", unit="update") as bar:
             while True:
                 at_end = progress.offline_steps >= offline_steps
@@ -1160,24 +1275,25 @@ def train(args: Args, stop: Sequence[int] = ()) -> Path:
                 if at_end:
                     break
                 safe_point()
-                gradient_step(teacher_replay)
+                gradient_step()
                 progress.offline_steps += 1
                 bar.update()
                 if progress.offline_steps % args.target_network_frequency == 0:
-                    update_target(args.tau)
+                    learner.update_target(args.tau)
                 if progress.offline_steps % 100 == 0:
                     values = read_metrics()
                     for name, tag in {"loss": "loss", "td_loss": "q_loss", "distill_loss": "distill_loss"}.items():
                         log.add_scalar(f"charts/offline/{tag}", values[name], progress.offline_steps)
                     bar.set_postfix_str(f"return={progress.score:.1f}, λ=1.00", refresh=False)
-        update_target(tau=1.0)
+        learner.update_target(tau=1.0)
         teacher_replay, progress.evaluated = None, -1
 
     # Phase 3: the student plays on by itself, and the teacher fades.
     learning_starts = max(args.learning_starts, args.warm_up)
     exploration_steps = args.exploration_fraction * args.total_timesteps
     coefficient = 0.0
-    metrics.clear()
+    learner.metrics.clear()
+    gradient_step = learner.step_on(replay)
     envs, obs = start_games(args.seed, video_dir=video_dir)
     bar = tqdm(total=args.total_timesteps, initial=progress.online_steps, desc="online", unit="step")
     with closing_games(envs), bar:
@@ -1199,18 +1315,18 @@ def train(args: Args, stop: Sequence[int] = ()) -> Path:
                 coefficient = distill_coefficient(
                     progress.student_return, teacher_return, baseline_return, begin, args.distill_steps
                 )
-                distill_weight.fill_(args.distill_coef * coefficient)
+                learner.distill_weight.fill_(args.distill_coef * coefficient)
                 over = args.distill_latch or (args.distill_steps is not None and begin >= args.distill_steps)
                 progress.distilling = coefficient > 0 or not over
 
             device_obs = torch.as_tensor(obs, device=device)
-            actions, _ = act(student, device_obs, epsilon, generator)
+            actions, _ = act(learner.q_values, device_obs, epsilon, learner.generator)
             envs.step_async(actions.cpu().numpy())  # the games go on while the student learns
             for step in range(begin + 1, begin + args.num_envs + 1):
                 if step > learning_starts and step % args.train_frequency == 0:
-                    gradient_step(replay)
+                    gradient_step()
                 if step % args.target_network_frequency == 0:
-                    update_target(args.tau)
+                    learner.update_target(args.tau)
             teacher_q_values = teacher(device_obs) if progress.distilling else None
             obs, infos = finish_step(envs, replay, obs, actions, teacher_q_values)
             progress.online_steps += args.num_envs
