@@ -13,7 +13,16 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import qdagger_dqn_atari_impalacnn as qdagger
-from qdagger_dqn_atari_impalacnn import Args, AtariNetwork, FrameReplay, QNetwork, TeacherNetwork, load_model, train
+from qdagger_dqn_atari_impalacnn import (
+    Args,
+    AtariNetwork,
+    FrameReplay,
+    Learner,
+    QNetwork,
+    TeacherNetwork,
+    load_model,
+    train,
+)
 
 ONLINE_TAGS = {
     *("charts/episodic_return", "charts/episodic_length", "charts/epsilon", "charts/SPS", "charts/distill_coeff"),
@@ -56,7 +65,6 @@ def run(make_model, tmp_path_factory):
 
     def go(evaluate=lambda *args, **options: [2.0], finished_games=qdagger.finished_games, **changes) -> Run:
         seen = Run(in_sync=[], stored=[], replays=[], parameters=None)
-        target = online = None
 
         class SpyReplay(FrameReplay):
             added = 0
@@ -71,24 +79,15 @@ def run(make_model, tmp_path_factory):
                 seen.stored.append(self.added)
                 return super().sample(*args, **options)
 
-        class SpyAdam(torch.optim.Adam):
-            def step(self, *args, **options):
-                seen.parameters = [value for group in self.param_groups for value in group["params"]]
-                seen.in_sync.append(all(map(torch.equal, target.parameters(), online.parameters())))
-                return super().step(*args, **options)
-
-        def spy_forward(network, obs, forward=AtariNetwork.forward):
-            nonlocal target, online
-            if torch.is_grad_enabled():
-                online = network
-            else:
-                target = network  # the last one before a gradient step
-            return forward(network, obs)
+        class SpyLearner(Learner):
+            def gradient_step(self, replay):
+                seen.parameters = list(self.q_network.parameters())
+                seen.in_sync.append(all(map(torch.equal, self.target_network.parameters(), seen.parameters)))
+                super().gradient_step(replay)
 
         with pytest.MonkeyPatch.context() as patch:
             patch.chdir(tmp_path_factory.mktemp("run"))
-            patch.setattr(torch.optim, "Adam", SpyAdam)
-            patch.setattr(AtariNetwork, "forward", spy_forward)
+            patch.setattr(qdagger, "Learner", SpyLearner)
             patch.setattr(qdagger, "FrameReplay", SpyReplay)
             patch.setattr(qdagger, "finished_games", finished_games)
             patch.setattr(qdagger, "evaluate", evaluate)
