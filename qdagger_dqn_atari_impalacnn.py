@@ -223,7 +223,7 @@ def make_env(env_id: str, repeat_action_probability=0.0, video_dir: str | None =
     cv2.setNumThreads(1)  # a frame is too small to share among threads, and other games need the cores
     gym.register_envs(ale_py)
     ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)
-    gym.logger.min_level = gym.logger.ERROR
+    gym.logger.min_level = gym.logger.ERROR + 1  # what fails in a game is told in one line, see closing_games
     render_mode = "rgb_array" if video_dir else None
     env = gym.make(env_id, repeat_action_probability=repeat_action_probability, render_mode=render_mode)
     if video_dir:
@@ -251,15 +251,23 @@ def make_envs(args: Args, num_envs: int, **video) -> gym.vector.AsyncVectorEnv:
     )
 
 
+class GameError(Exception):
+    """The process of a game died, or its emulator failed."""
+
+
 @contextmanager
 def closing_games(envs: gym.vector.AsyncVectorEnv) -> Iterator[None]:
-    """Close `envs` in the end; if the process of a game died, without waiting for its answer."""
+    """Close `envs` in the end, whatever happens; GameError if it happens in one of their processes."""
     try:
         yield
-    except (EOFError, ConnectionError):
-        for process in envs.processes:
-            process.kill()
-        envs.closed = True
+    except Exception as error:
+        dead = isinstance(error, (EOFError, ConnectionError))
+        if dead or None in envs.parent_pipes:  # where a process has reported an error there is no pipe any more
+            for process in envs.processes:  # the others may wait for an answer for ever
+                process.kill()
+                process.join()
+            envs.closed = True
+            raise GameError("the process of a game died" if dead else f"a game failed: {first_line(error)}") from None
         raise
     finally:
         envs.close()
@@ -1173,8 +1181,8 @@ def train(args: Args, stop: Sequence[int] = ()) -> Path:
         with user_error(f"--resume {args.resume}: its checkpoint does not fit"):
             refuse_unlike(saved["returns"], (0.0, 0.0))
             teacher_return, baseline_return = saved["returns"]
-            learner.load_state_dict(saved["learner"])
-            for name, state in saved["replays"].items():
+            learner.load_state_dict(saved.pop("learner"))
+            for name, state in saved.pop("replays").items():
                 of_name = {"teacher": teacher_replay, "student": replay}[name]
                 of_name.load_state_dict(state | {"frames": of_name.frames})
                 of_name.unpack_frames(saved_frames.pop(name))
@@ -1366,8 +1374,8 @@ def main() -> None:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except (EOFError, ConnectionError):  # the other end of a pipe is gone
-        print("error: the process of a game died; --resume runs/RUN goes on from the last checkpoint", file=sys.stderr)
+    except GameError as error:
+        print(f"error: {error}; --resume runs/RUN goes on from the last checkpoint", file=sys.stderr)
         sys.exit(1)
     except Stopped as stopped:
         number, *run_dir = stopped.args

@@ -13,6 +13,7 @@ import time
 from contextlib import closing
 from pathlib import Path
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
@@ -25,9 +26,11 @@ from qdagger_dqn_atari_impalacnn import (
     Args,
     Checkpoints,
     FrameReplay,
+    GameError,
     Stopped,
     UserError,
     args_of,
+    closing_games,
     load,
     make_env,
     train,
@@ -379,6 +382,43 @@ def test_a_game_whose_process_dies_ends_the_run_with_a_line(make_model, tmp_path
     assert output.splitlines()[-1].startswith("error: the process of a game died")
 
 
+class Failing(gym.Env):
+    """An emulator that gives up in its third step."""
+
+    observation_space, action_space, steps = gym.spaces.Discrete(2), gym.spaces.Discrete(2), 0
+
+    def reset(self, **_):
+        return 0, {}
+
+    def step(self, _):
+        self.steps += 1
+        if self.steps == 3:
+            raise RuntimeError("the emulator is stuck\nin many words")
+        return 0, 0.0, False, False, {}
+
+
+def test_a_game_that_fails_ends_the_run_with_a_line(capfd, monkeypatch):
+    make_env("PongNoFrameskip-v4").close()  # it quiets gymnasium
+    envs = gym.vector.AsyncVectorEnv([Failing, Failing])
+    with pytest.raises(GameError) as error, closing_games(envs):
+        envs.reset()
+        for _ in range(3):
+            envs.step(np.zeros(2, dtype=int))
+    assert str(error.value) == "a game failed: the emulator is stuck"
+    assert not any(process.is_alive() for process in envs.processes)
+
+    def train(*_):
+        raise error.value
+
+    monkeypatch.setattr(qdagger, "train", train)
+    monkeypatch.setattr(sys, "argv", ["program"])
+    with pytest.raises(SystemExit) as stopped:
+        qdagger.main()
+    output = "".join(capfd.readouterr())
+    assert stopped.value.code == 1 and output.splitlines()[-1].startswith("error: a game failed: ")
+    assert "Traceback" not in output
+
+
 @pytest.mark.parametrize("kills", [3, pytest.param(30, marks=pytest.mark.long)])
 def test_a_run_that_is_killed_again_and_again_arrives(make_model, tmp_path, kills):
     """SIGKILL to everything at random moments, in the middle of writing too: nothing is lost but the last few steps."""
@@ -397,6 +437,18 @@ def test_a_run_that_is_killed_again_and_again_arrives(make_model, tmp_path, kill
     steps = [step for step, _ in points(run)["charts/distill_coeff"]]
     assert steps == list(range(5 * kills + 100, 65 * kills + 1, 100))
     assert len(list(run.glob("*.cleanrl_model"))) == 1
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu_a_stopped_and_resumed_run_goes_on(go):
+    """To the same end with a point for each step; the last digits are not promised there."""
+    whole = go(cuda=True)
+    run = go(StopAfter(100), cuda=True)
+    run = go(args=args_of(run))
+    expected, logged = points(whole), points(run)
+    assert expected.keys() == logged.keys()
+    for tag in expected:
+        assert "episodic" in tag or [step for step, _ in expected[tag]] == [step for step, _ in logged[tag]]
 
 
 # --- Memory ---
