@@ -27,6 +27,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 PROGRAM = Path(__file__).resolve().parent.parent / "qdagger_dqn_atari_impalacnn.py"
 PHASES = {"teacher buffer": "steps/s", "offline": "updates/s", "online": "steps/s"}
+VARIANTS = {
+    "cpu": ("--no-amp", "--amp"),
+    "cuda": ("--no-capture --no-amp", "--no-amp", "--amp", "--no-amp --compile", "--amp --compile"),
+}
 SKIPPED = 2  # of the intervals between two logged points: first calls compile, allocate and warm caches
 
 
@@ -34,7 +38,7 @@ SKIPPED = 2  # of the intervals between two logged points: first calls compile, 
 class Args:
     env_id: str = "BreakoutNoFrameskip-v4"
     teacher: Path | None = None  # a Nature-CNN state dict; unset: the bundled one
-    variants: tuple[str, ...] = ("", "--amp")  # flags of this program, one run each
+    variants: tuple[str, ...] = ()  # flags of this program, one run each; unset: VARIANTS of the device
     against: Path | None = None  # another script of the same flags
     python: Path = Path(sys.executable)  # that runs it
     teacher_steps: int = 4000
@@ -104,6 +108,7 @@ def processor() -> str:
 def main() -> None:
     args = tyro.cli(Args, description=__doc__)
     args.teacher = args.teacher or PROGRAM.parent / "teachers" / f"{args.env_id}.cleanrl_model"
+    args.variants = args.variants or VARIANTS["cuda" if torch.cuda.is_available() else "cpu"]
     commands = {f"this program {flags}".strip(): [sys.executable, PROGRAM, *flags.split()] for flags in args.variants}
     if args.against:
         commands["other script"] = [args.python.absolute(), args.against.resolve()]

@@ -1,14 +1,16 @@
 """Whatever makes a gradient step faster, it stays the same step. What needs a GPU is skipped where there is none."""
 
 import contextlib
+import runpy
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import tyro
 
 import qdagger_dqn_atari_impalacnn as qdagger
-from qdagger_dqn_atari_impalacnn import Args, Captured, FrameReplay, Learner, choose_device
+from qdagger_dqn_atari_impalacnn import Args, Captured, FrameReplay, Learner
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -159,15 +161,16 @@ def test_a_graph_that_does_something_else_is_not_used(replay, fake_cuda, capfd, 
     assert capfd.readouterr().out.count("--capture: ") == 1
 
 
-@pytest.mark.parametrize(
-    "capabilities, expected", [({"amx_bf16": True}, True), ({"avx512_bf16": True}, False), ({}, False)]
-)
-def test_bfloat16_is_the_default_where_amx_is(monkeypatch, capabilities, expected):
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
-    for asked, settled in ((None, expected), (True, True), (False, False)):
-        args = Args(cuda=False, amp=asked)
-        choose_device(args)
+@pytest.mark.parametrize("capability, expected", [("amx_bf16", True), ("avx512_bf16", False)])
+def test_bfloat16_is_the_default_where_amx_is(monkeypatch, capfd, capability, expected):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {capability: True})
+    fresh = runpy.run_path(qdagger.__file__)
+    for flags, settled in ((["--no-cuda"], expected), (["--amp"], True), (["--no-amp"], False)):
+        args = tyro.cli(fresh["Args"], args=flags)
+        fresh["choose_device"](args)
         assert args.amp is settled
+        assert ("bfloat16" in capfd.readouterr().out) == (expected and settled)
 
 
 def test_bfloat16_learns_the_same_but_for_rounding(replay):
