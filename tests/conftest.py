@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import qdagger_dqn_atari_impalacnn as qdagger
 
@@ -40,6 +41,14 @@ def refusal(refused, *args) -> str:
     message = str(error.value)
     assert len(message.splitlines()) == 1 and len(message) < 400
     return message
+
+
+def points(run: Path) -> dict[str, list]:
+    """Every (step, value) of every tag in the event files, but for the measured speed."""
+    events = EventAccumulator(str(run), size_guidance={"scalars": 0}, purge_orphaned_data=False)
+    events.Reload()
+    tags = set(events.Tags()["scalars"]) - {"charts/SPS"}
+    return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in tags}
 
 
 class Malicious:
