@@ -133,7 +133,7 @@ def main() -> None:
         packages = ["torch", "gymnasium", "ale-py", "stable-baselines3"]
         machine = {"cpu": processor(), "gpu": gpu, "python": platform.python_version()}
         machine |= {package: version(package) for package in packages}
-        settings = {name: str(value) for name, value in vars(args).items()}
+        settings = {name: getattr(value, "name", value) for name, value in vars(args).items()}
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps({"machine": machine, "settings": settings, "runs": runs}, indent=1))
 
