@@ -555,11 +555,13 @@ def write(content: dict | list, path: Path) -> bool:
     """torch.save beside `path`, then rename: never half a file. A full disk costs this file and a line, not the run."""
     part = path.with_name(path.name + ".part")
     try:
-        torch.save(content, part)
+        with part.open("wb") as file:
+            torch.save(content, file)
         os.replace(part, path)
         return True
     except (OSError, RuntimeError) as error:
-        tqdm.write(f"cannot write {path}: {first_line(error)}; going on without it")
+        cause = error.__context__ or error  # of a full disk torch's own error says nothing
+        tqdm.write(f"cannot write {path}: {first_line(cause)}; going on without it")
         with suppress(OSError):
             part.unlink(missing_ok=True)
         return False

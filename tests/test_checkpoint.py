@@ -1,6 +1,7 @@
 """No run is lost: stopped, killed, damaged or tampered with, it goes on from its last good checkpoint, bit for bit."""
 
 import functools
+import io
 import math
 import shutil
 import signal
@@ -241,13 +242,17 @@ def test_a_disk_that_takes_no_checkpoint_does_not_stop_training(go, whole, monke
     """The last good one stays, nothing half-written lies about, and the weights are those of any other run."""
     save, calls = torch.save, []
 
-    def full(content, path, *args, **options):
-        if str(path).endswith((".checkpoint.part", ".frames.part")):
-            calls.append(path)
+    class FullDisk(io.BytesIO):
+        def write(self, _):
+            raise OSError(28, "No space left on device")
+
+    def full(content, file):
+        if file.name.endswith((".checkpoint.part", ".frames.part")):
+            calls.append(file.name)
             if len(calls) > 4:
-                Path(path).write_bytes(b"as far as it went")
-                raise OSError(28, "No space left on device")
-        return save(content, path, *args, **options)
+                file.write(b"as far as it went")
+                file = FullDisk()
+        return save(content, file)
 
     monkeypatch.setattr(torch, "save", full)
     run = go(checkpoint_frequency=16)
