@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import Malicious, points
+from conftest import Malicious, points, refusal
 from tensorboard.compat.tensorflow_stub.io.gfile import LocalFileSystem
 
 import qdagger_dqn_atari_impalacnn as qdagger
@@ -24,6 +24,7 @@ from qdagger_dqn_atari_impalacnn import (
     args_of,
     load,
     make_env,
+    start_run,
     train,
 )
 
@@ -304,6 +305,12 @@ def test_a_directory_that_disappears_does_not_stop_training(go, whole, capfd):
     assert "cannot" in output and "Traceback" not in output
     expected = weights(whole(2))
     assert all(torch.equal(expected[name], value) for name, value in weights(run).items())
+
+
+def test_where_nothing_can_be_written_no_run_starts(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("runs").write_text("a file, where a directory should be")
+    assert refusal(start_run, Args(), {}).startswith("cannot start runs/BreakoutNoFrameskip-v4__")
 
 
 def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_checkpoint(go, monkeypatch):
