@@ -463,9 +463,8 @@ class FrameReplay:
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
         """Restore `state_dict` of a replay of the same shape; ValueError for any other."""
+        refuse_unlike({name: state[name] for name in self.state_dict()}, self.state_dict())
         for name, value in self.state_dict().items():
-            if name not in state or state[name].shape != value.shape or state[name].dtype != value.dtype:
-                raise ValueError(f"the replay's {name} is missing or has another shape")
             value.copy_(state[name])
 
     def pack_frames(self, since: list[int]) -> list[tuple[int, int, torch.Tensor]]:
@@ -601,8 +600,8 @@ def read_state(path: Path) -> dict[str, torch.Tensor]:
 
 def frozen_network(state: dict[str, torch.Tensor], num_actions: int) -> AtariNetwork:
     """A float32 network that nothing trains; its tensors tell Nature CNN from Impala-CNN."""
-    if not all(value.is_floating_point() for value in state.values()):
-        raise ValueError("its weights are not floating-point numbers")
+    if not all(value.is_floating_point() and value.layout == torch.strided for value in state.values()):
+        raise ValueError("its weights are not dense floating-point numbers")
     network = (TeacherNetwork if "network.9.bias" in state else QNetwork)(num_actions)
     network.load_state_dict(state)
     if not all(parameter.isfinite().all() for parameter in network.parameters()):
@@ -843,7 +842,8 @@ def refuse_unlike(value, model) -> None:
     """ValueError unless `value` has the type of `model`, and inside its keys, shapes and dtypes or finite numbers."""
     like = type(value) is type(model) or isinstance(model, torch.Tensor)
     if isinstance(model, torch.Tensor):
-        like = isinstance(value, torch.Tensor) and (value.shape, value.dtype) == (model.shape, model.dtype)
+        like = isinstance(value, torch.Tensor) and value.layout == torch.strided  # indices of sparse ones may lie
+        like = like and (value.shape, value.dtype) == (model.shape, model.dtype)
     elif like and isinstance(model, Mapping):
         like = value.keys() == model.keys()
         for key in model:
@@ -853,7 +853,7 @@ def refuse_unlike(value, model) -> None:
     elif like:
         like = math.isfinite(value)
     if not like:
-        raise ValueError("not what was saved")
+        raise ValueError("not what was saved: another type or shape")
 
 
 def rewind_events(run_dir: Path, sizes: dict[str, int]) -> None:

@@ -168,7 +168,7 @@ def test_state_round_trip_continues_identically():
 
 
 def test_state_of_another_shape_is_refused():
-    with pytest.raises(ValueError, match="another shape"):
+    with pytest.raises(ValueError, match="another type or shape"):
         FrameReplay(60, 2, 6).load_state_dict(FrameReplay(60, 2, 4).state_dict())
 
 
