@@ -32,8 +32,11 @@ def learner(device: str = "cpu", **flags) -> Learner:
     return made
 
 
-def trained(made: Learner, replay: FrameReplay, steps: int = 50) -> dict[str, torch.Tensor]:
+def trained(made: Learner, replay: FrameReplay, steps: int = 50, capture: bool = False) -> dict[str, torch.Tensor]:
+    """Its weights after `steps`; with `capture` they are captured as on a GPU."""
     step = made.step_on(replay)
+    if capture:
+        step = Captured(step, made.changed(), made.generator)
     for number in range(steps):
         step()
         if number % 10 == 9:
@@ -113,25 +116,12 @@ def fake_cuda(monkeypatch):
     return fake
 
 
-def captured(made: Learner, replay: FrameReplay) -> Captured:
-    """What `step_on` gives on a GPU."""
-    step = made.step_on(replay)
-    if isinstance(step, Captured):
-        return step
-    return Captured(step, made.changed(), made.generator)
-
-
 def test_what_capturing_tries_out_leaves_no_trace(replay, fake_cuda, capfd):
     """Warm-up, recording and comparison are undone: weights, averages, step count, random draws."""
     fake_cuda()
-    made = learner()
-    step = captured(made, replay)
-    for number in range(50):
-        step()
-        if number % 10 == 9:
-            made.update_target(tau=1.0)
+    weights = trained(learner(), replay, capture=True)
     expected = trained(learner(), replay)
-    assert all(torch.equal(value, expected[name]) for name, value in made.q_network.state_dict().items())
+    assert all(torch.equal(value, expected[name]) for name, value in weights.items())
     assert "--capture" not in capfd.readouterr().out
 
 
@@ -150,14 +140,9 @@ def failing(step):
 @pytest.mark.parametrize("fault", [twice, failing, lambda step: lambda: None])
 def test_a_graph_that_does_something_else_is_not_used(replay, fake_cuda, capfd, fault):
     fake_cuda(fault)
-    made = learner()
-    step = captured(made, replay)
-    for number in range(20):
-        step()
-        if number % 10 == 9:
-            made.update_target(tau=1.0)
+    weights = trained(learner(), replay, steps=20, capture=True)
     expected = trained(learner(), replay, steps=20)
-    assert all(torch.equal(value, expected[name]) for name, value in made.q_network.state_dict().items())
+    assert all(torch.equal(value, expected[name]) for name, value in weights.items())
     assert capfd.readouterr().out.count("--capture: ") == 1
 
 
