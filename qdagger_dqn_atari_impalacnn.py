@@ -52,7 +52,7 @@ from tqdm import tqdm
 
 # --- Arguments ---
 
-# Whether networks run on a CPU that computes in bfloat16 twice as fast as in float32.
+# Whether networks run on a CPU with units for bfloat16.
 AMX = not torch.cuda.is_available() and getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16", False)
 
 
@@ -111,7 +111,7 @@ class Args:
 
     # speed
     network: Literal["impala", "nature"] = "impala"  # the network that learns
-    amp: bool = AMX  # all layers but the last in bfloat16; the default on a CPU with AMX, twice as fast there
+    amp: bool = AMX  # all layers but the last in bfloat16; the default on a CPU with AMX
     capture: bool = True  # on a GPU, replay each gradient step as one CUDA graph, once it was seen to do the same
     compile: bool = False  # let torch.compile fuse the networks; needs a C++ compiler, and minutes at the start
 
