@@ -98,18 +98,24 @@ def measure(command: list, args: Args) -> dict[str, float]:
     }
 
 
-def processor() -> str:
-    names = (
-        re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()) if Path("/proc/cpuinfo").exists() else []
-    )
-    return f"{os.cpu_count()} cores of {names[0] if names else platform.processor() or platform.machine()}"
+def machine() -> dict[str, str | None]:
+    """Hardware and versions."""
+    info = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*: (.*)", info.read_text()) if info.exists() else []
+    facts = {"cpu": f"{os.cpu_count()} cores of {names[0] if names else platform.processor() or platform.machine()}"}
+    facts["gpu"] = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    facts["python"] = platform.python_version()
+    return facts | {package: version(package) for package in ("torch", "gymnasium", "ale-py", "stable-baselines3")}
 
 
 def main() -> None:
     args = tyro.cli(Args, description=__doc__)
     args.teacher = args.teacher or PROGRAM.parent / "teachers" / f"{args.env_id}.cleanrl_model"
     args.variants = args.variants or VARIANTS["cuda" if torch.cuda.is_available() else "cpu"]
-    commands = {f"this program {flags}".strip(): [sys.executable, PROGRAM, *flags.split()] for flags in args.variants}
+    commands = {
+        f"this program {flags}".strip(): [sys.executable, PROGRAM, "--eval-episodes=1", *flags.split()]
+        for flags in args.variants
+    }
     if args.against:
         commands["other script"] = [args.python.absolute(), args.against.resolve()]
     runs: dict[str, list[dict]] = {name: [] for name in commands}
@@ -122,20 +128,19 @@ def main() -> None:
         name: {phase: statistics.median(run[phase] for run in of_name) for phase in of_name[0]}
         for name, of_name in runs.items()
     }
-    print("| | " + " | ".join(f"{phase}, {unit}" for phase, unit in PHASES.items()) + " | ms per offline update |")
-    print("|---" * (len(PHASES) + 2) + "|")
+    rows = ["| | " + " | ".join(f"{phase}, {unit}" for phase, unit in PHASES.items()) + " | ms per offline update |"]
+    rows += ["|---" * (len(PHASES) + 2) + "|"]
     for name, median in medians.items():
         other = medians.get("other script", {})
         cells = [f"{median[p]:.1f}" + (f" ({median[p] / other[p]:.1f}×)" if other else "") for p in PHASES]
-        print(f"| {name} | " + " | ".join(cells) + f" | {1000 / median['offline']:.1f} |")
+        rows += [f"| {name} | " + " | ".join(cells) + f" | {1000 / median['offline']:.1f} |"]
+    table = "\n".join(rows)
+    print(table)
     if args.out:
-        gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-        packages = ["torch", "gymnasium", "ale-py", "stable-baselines3"]
-        machine = {"cpu": processor(), "gpu": gpu, "python": platform.python_version()}
-        machine |= {package: version(package) for package in packages}
         settings = {name: getattr(value, "name", value) for name, value in vars(args).items()}
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps({"machine": machine, "settings": settings, "runs": runs}, indent=1))
+        content = {"machine": machine(), "settings": settings, "table": table, "runs": runs}
+        args.out.write_text(json.dumps(content, indent=1))
 
 
 if __name__ == "__main__":
