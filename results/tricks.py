@@ -1,0 +1,185 @@
+"""What each trick alone gives: milliseconds per update, and per vector step with its update, with all of them but one.
+
+    python results/tricks.py --out results/speed/NAME_tricks.json
+
+Rows take turns, so that a machine that slows down slows all of them; the numbers are medians. A trick is undone from
+outside: the program has no switches for what nobody would turn off.
+"""
+
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from unittest import mock
+
+import gymnasium as gym
+import numpy as np
+import torch
+import tyro
+from speed import machine
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import qdagger_dqn_atari_impalacnn as qdagger
+
+CAPACITY = 20_000  # of the replay that is drawn from, full of noise
+
+
+@dataclass
+class Args:
+    env_id: str = "BreakoutNoFrameskip-v4"
+    updates: int = 10  # of each row in each turn
+    turns: int = 6
+    steps: int = 50  # vector steps of each row in each turn
+    out: Path | None = None  # write the table and every single number here, as JSON
+
+
+@contextmanager
+def without_channels_last() -> Iterator[None]:
+    with mock.patch.object(torch, "channels_last", torch.contiguous_format):
+        yield
+
+
+@contextmanager
+def without_fused_adam() -> Iterator[None]:
+    adam = torch.optim.Adam
+    with mock.patch.object(torch.optim, "Adam", lambda *args, **options: adam(*args, **options | {"fused": False})):
+        yield
+
+
+@contextmanager
+def without_tf32() -> Iterator[None]:
+    with mock.patch.object(torch, "set_float32_matmul_precision", lambda _: None):
+        yield
+
+
+@contextmanager
+def without_stored_teacher() -> Iterator[None]:
+    """The teacher is asked again in every update."""
+    sample, networks = qdagger.FrameReplay.sample, {}
+
+    @torch.no_grad()
+    def sample_and_ask(replay, *args):
+        batch = sample(replay, *args)
+        if batch.obs.device not in networks:
+            network = qdagger.TeacherNetwork(replay.teacher_q_values.shape[1])
+            networks[batch.obs.device] = network.to(batch.obs.device, memory_format=torch.channels_last)
+        return batch._replace(teacher_q_values=networks[batch.obs.device](batch.obs))
+
+    with mock.patch.object(qdagger.FrameReplay, "sample", sample_and_ask):
+        yield
+
+
+@contextmanager
+def without_overlap() -> Iterator[None]:
+    """Games are waited for before the student learns."""
+    environment, result = gym.vector.AsyncVectorEnv, {}
+    begin, wait = environment.step_async, environment.step_wait
+
+    def begin_and_wait(envs, actions) -> None:
+        begin(envs, actions)
+        result[envs] = wait(envs)
+
+    with (
+        mock.patch.object(environment, "step_async", begin_and_wait),
+        mock.patch.object(environment, "step_wait", lambda envs: result.pop(envs)),
+    ):
+        yield
+
+
+def rows(cuda: bool) -> dict[str, tuple[dict, Callable | None]]:
+    """For each row: flags, and what undoes a trick."""
+    fast = {"amp": True}
+    table = {
+        "everything": (fast, None),
+        "without bfloat16": ({"amp": False}, None),
+        "without channels_last": (fast, without_channels_last),
+        "without the fused Adam": (fast, without_fused_adam),
+        "without stored teacher's Q-values": (fast, without_stored_teacher),
+        "without overlap of games and learning": (fast, without_overlap),
+    }
+    if cuda:
+        table["without the CUDA graph"] = ({"amp": True, "capture": False}, None)
+        table["without bfloat16 and TF32"] = ({"amp": False}, without_tf32)
+        table["with torch.compile"] = ({"amp": True, "compile": True}, None)
+    return table
+
+
+class Row:
+    """A learner on a full replay, and four games."""
+
+    def __init__(self, args: Args, flags: dict, undo: Callable | None):
+        self.undo = undo or ExitStack
+        with self.undo():
+            self.args = qdagger.Args(env_id=args.env_id, **flags)
+            self.device = qdagger.choose_device(self.args)
+            actions = qdagger.num_actions(self.args)
+            self.learner = qdagger.Learner(self.args, actions, self.device)
+            self.learner.distill_weight.fill_(1.0)
+            self.replay = qdagger.FrameReplay(CAPACITY, self.args.num_envs, actions, self.device)
+            self.replay.frames.random_(0, 256)
+            self.replay.ages.fill_(qdagger.STACK - 1)
+            self.replay.written.fill_(CAPACITY // self.args.num_envs)
+            self.gradient_step = self.learner.step_on(self.replay)
+            self.envs = qdagger.make_envs(self.args, self.args.num_envs)
+            self.obs, _ = self.envs.reset(seed=1)
+
+    def seconds(self, work: Callable[[], None], repeats: int) -> list[float]:
+        times = []
+        with self.undo():
+            for _ in range(repeats):
+                if self.device.type == "cuda":
+                    torch.cuda.synchronize()
+                start = time.perf_counter()
+                work()
+                if self.device.type == "cuda":
+                    torch.cuda.synchronize()
+                times.append(time.perf_counter() - start)
+        return times
+
+    def vector_step(self) -> None:
+        """Four environment steps and one update, as the online phase has them."""
+        obs = torch.as_tensor(self.obs, device=self.device)
+        actions, _ = qdagger.act(self.learner.q_values, obs, 0.01, self.learner.generator)
+        self.envs.step_async(actions.cpu().numpy())
+        self.gradient_step()
+        self.obs, _ = qdagger.finish_step(self.envs, self.replay, self.obs, actions, None)
+
+
+def main() -> None:
+    args = tyro.cli(Args, description=__doc__)
+    torch.set_flush_denormal(True)
+    table = {name: Row(args, *how) for name, how in rows(torch.cuda.is_available()).items()}
+    updates: dict[str, list[float]] = {name: [] for name in table}
+    steps: dict[str, list[float]] = {name: [] for name in table}
+    for turn in range(args.turns + 1):
+        for name, row in table.items():
+            of_updates, of_steps = (
+                row.seconds(row.gradient_step, args.updates),
+                row.seconds(row.vector_step, args.steps),
+            )
+            if turn:  # the first one warms up
+                updates[name] += of_updates
+                steps[name] += of_steps
+        print(f"turn {turn} of {args.turns}", file=sys.stderr)
+    for row in table.values():
+        row.envs.close()
+
+    lines = ["| | update, ms | 4 steps and an update, ms |", "|---|---|---|"]
+    for name in table:
+        medians = [1000 * statistics.median(times[name]) for times in (updates, steps)]
+        lines.append(f"| {name} | {medians[0]:.1f} | {medians[1]:.1f} |")
+    print("\n".join(lines))
+    if args.out:
+        times = {name: {"update": updates[name], "step": steps[name]} for name in table}
+        rounded = {name: {key: np.round(value, 6).tolist() for key, value in of.items()} for name, of in times.items()}
+        content = {"machine": machine(), "table": "\n".join(lines), "seconds": rounded}
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(json.dumps(content))
+
+
+if __name__ == "__main__":
+    main()

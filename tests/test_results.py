@@ -1,0 +1,122 @@
+"""results/collect.py and results/plot.py: what they make of known runs."""
+
+import sys
+from pathlib import Path
+
+import collect
+import matplotlib
+import numpy as np
+import pandas as pd
+import plot
+import pytest
+import torch
+from torch.utils.tensorboard import SummaryWriter
+
+matplotlib.use("agg")
+
+
+def made_up_run(directory: Path, evaluations: list[float], score: float | None, teacher: float | None = 20.0) -> Path:
+    """A run's directory as results/grid.py leaves it: 1,000 offline updates, an evaluation every 100 online steps."""
+    run = directory / "runs" / "RUN"
+    with SummaryWriter(run) as log:
+        if teacher is not None:
+            log.add_scalar("charts/teacher/avg_episodic_return", teacher, 0)
+            log.add_scalar("charts/offline/avg_episodic_return", evaluations[0], 1000)
+        for nth, value in enumerate(evaluations[1:], 1):
+            log.add_scalar("eval/episodic_return", value, 100 * nth + 1000 * (teacher is not None))
+        for step in range(3000):
+            log.add_scalar("charts/episodic_return", step, step)
+    (directory / "seconds").write_text("10.5\n20.0\n")
+    if score is not None:
+        (directory / "score").write_text(f"game 1: {score}\n{score:.2f} ± 1.50 over 30 games of PongNoFrameskip-v4\n")
+    torch.save({"weight": torch.full((3,), 1 / 3)}, run / "qdagger.cleanrl_model")
+    return directory
+
+
+@pytest.fixture
+def collected(tmp_path) -> Path:
+    """Pong and Breakout, two seeds of students and one of scratch runs, the last of which is not finished."""
+    runs = []
+    for game, level in (("Pong", 10.0), ("Breakout", 200.0)):
+        for seed in (1, 2):
+            run = tmp_path / "work" / f"student-{game}NoFrameskip-v4-{seed}"
+            runs.append(made_up_run(run, [level - 5, level, level + 2 * seed], level + seed))
+        run = tmp_path / "work" / f"scratch-{game}NoFrameskip-v4-1"
+        runs.append(made_up_run(run, [0, -20, -19], None if game == "Breakout" else -19.5, teacher=None))
+    out = tmp_path / "out"
+    out.mkdir()
+    collect.collect(out, "students", runs)
+    return out
+
+
+def test_collected_rows_are_those_of_the_event_files(collected):
+    rows = pd.read_csv(collected / "students.csv")
+    run = rows[rows.run == "student-PongNoFrameskip-v4-2"]
+    assert run[run.tag == "eval/episodic_return"][["step", "value"]].values.tolist() == [[1100, 10], [1200, 14]]
+    assert run[run.tag == "score/mean"].value.item() == 12 and run[run.tag == "score/std"].value.item() == 1.5
+    assert run[run.tag == "run/seconds"].value.item() == 30.5
+    thinned = run[run.tag == "charts/episodic_return"]
+    assert len(thinned) <= collect.POINTS and thinned.step.max() == 2999
+    assert (thinned.step == thinned.value).all()
+
+
+def test_a_second_collection_keeps_what_it_is_not_given(collected, tmp_path):
+    before = (collected / "students.csv").read_text()
+    other = made_up_run(tmp_path / "work" / "student-QbertNoFrameskip-v4-1", [1, 2, 3], 4.0)
+    collect.collect(collected, "students", [other])
+    after = (collected / "students.csv").read_text()
+    assert set(before.splitlines()) < set(after.splitlines()) and "student-QbertNoFrameskip-v4-1,score/mean" in after
+
+
+def test_online_steps_begin_after_the_offline_updates(collected):
+    points = plot.evaluations(plot.read(collected))
+    student = points[(points.kind == "student") & (points.game == "Pong") & (points.seed == "1")]
+    assert student[["step", "value"]].values.tolist() == [[0, 5], [100, 10], [200, 12]]
+    scratch = points[(points.kind == "scratch") & (points.game == "Pong")]
+    assert scratch[["step", "value"]].values.tolist() == [[100, -20], [200, -19]]
+
+
+def test_scores_are_normalised_above_random(collected):
+    table = plot.scores(plot.read(collected)).set_index(["kind", "game", "seed"])
+    assert len(table) == 5  # the unfinished one is none
+    assert table.loc["student", "Pong", "1"].human_normalised == pytest.approx((11 + 20.7) / (14.6 + 20.7))
+    assert table.loc["student", "Pong", "1"].teacher_normalised == pytest.approx((11 + 20.7) / (20 + 20.7))
+    assert table.loc["scratch", "Pong", "1"].teacher_normalised == pytest.approx(1.2 / 40.7)
+
+
+def test_interquartile_mean_and_its_bootstrap_by_game():
+    scores = np.arange(8.0)
+    assert plot.interquartile_mean(scores) == scores[2:6].mean()
+    table = pd.DataFrame(
+        [
+            ("student", game, seed, value)
+            for game, level in (("A", 0.0), ("B", 1.0))
+            for seed, value in enumerate(level + np.linspace(-0.1, 0.1, 6))
+        ],
+        columns=["kind", "game", "seed", "human_normalised"],
+    ).assign(teacher_normalised=np.nan)
+    (row,) = plot.aggregates(table).itertuples()
+    assert (row.games, row.runs, row.iqm) == (2, 12, pytest.approx(0.5))
+    # Drawn game by game, each stays at its level; drawn from the heap, some draws would take far more of one game.
+    assert 0.4 < row.low < 0.5 < row.high < 0.6
+
+
+def test_interval_over_seeds_is_student_s():
+    mean, half = plot.mean_and_interval(pd.DataFrame([[1.0, 2.0, 3.0], [5.0, np.nan, np.nan]]))
+    assert mean.tolist() == [2, 5]
+    assert half[0] == pytest.approx(4.302653 / np.sqrt(3)) and np.isnan(half[1])
+
+
+def test_figures_and_the_readme_s_table(collected, tmp_path, monkeypatch):
+    readme = tmp_path / "README.md"
+    readme.write_text("before\n<!-- out: begin -->\nold\n<!-- out: end -->\nafter\n")
+    monkeypatch.setattr(plot, "README", readme)
+    monkeypatch.setattr(sys, "argv", ["plot.py", str(collected), "--readme"])
+    plot.main()
+    for name in ("curves.png", "aggregates.png"):
+        assert plot.plt.imread(collected / name).std() > 0.05
+    text = readme.read_text()
+    assert "| Pong | QDagger student | 11.5 ± 0.7 | 79% | 2 |" in text and "old" not in text
+    assert text.startswith("before\n") and text.endswith("after\n")
+    plot.main()  # from the same numbers the same again, now that it has written CSVs of its own
+    assert readme.read_text() == text
