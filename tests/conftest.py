@@ -28,6 +28,11 @@ torch.set_num_threads(1)
 PROGRAM = Path(inspect.getsourcefile(qdagger)).resolve()
 
 
+def pytest_runtest_setup(item) -> None:
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+
+
 def saved(content) -> bytes:
     file = io.BytesIO()
     torch.save(content, file)

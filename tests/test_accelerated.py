@@ -12,8 +12,6 @@ import tyro
 import qdagger_dqn_atari_impalacnn as qdagger
 from qdagger_dqn_atari_impalacnn import Args, Captured, FrameReplay, Learner
 
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-
 
 def filled_replay(device: str = "cpu", steps: int = 200) -> FrameReplay:
     rng, replay = np.random.default_rng(0), FrameReplay(300, 2, 4, device)
@@ -187,7 +185,7 @@ def test_frames_stay_on_the_host_if_they_would_fill_the_gpu(monkeypatch, capfd):
 # --- On a GPU ---
 
 
-@needs_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("n_step", [1, 3])
 def test_captured_steps_are_plain_steps(n_step, capfd):
     """TF32 and the order of sums differ between kernels: within 1% of what 50 steps moved."""
@@ -199,7 +197,7 @@ def test_captured_steps_are_plain_steps(n_step, capfd):
         assert (fast[name] - value).norm() < 0.01 * (value - start[name].cpu()).norm()
 
 
-@needs_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("flags", [dict(amp=True), dict(compile=True), dict(amp=True, compile=True)])
 def test_faster_variants_learn_the_same_but_for_rounding(flags):
     replay = filled_replay("cuda")
@@ -209,7 +207,7 @@ def test_faster_variants_learn_the_same_but_for_rounding(flags):
         assert (fast[name] - value).norm() < 0.7 * (value - start[name].cpu()).norm()
 
 
-@needs_gpu
+@pytest.mark.gpu
 def test_frames_on_the_host_are_drawn_like_those_on_the_gpu(monkeypatch):
     on_gpu = filled_replay("cuda")
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (0, 0))

@@ -141,9 +141,11 @@ def test_every_stage_of_reproduce(tmp_path):
     assert scores(out, "students") and (out / "SUMMARY.md").read_text().count("finished") == 4
 
 
-def test_the_speed_stage_of_reproduce(tmp_path):
-    code, said = end(start("results/reproduce.sh", "--small", "--out", tmp_path / "out", "--only", "speed"))
+def test_the_check_and_the_speed_stage_of_reproduce(tmp_path):
+    code, said = end(start("results/reproduce.sh", "--small", "--out", tmp_path / "out", "--only", "check", "speed"))
     assert code == 0, said
+    check = json.loads((tmp_path / "out" / "check.json").read_text())
+    assert check["tests"] >= 5 and check["failures"] == check["errors"] == 0
     speed = json.loads((tmp_path / "out" / "speed.json").read_text())
     assert all(run["online"] > 0 for runs in speed["runs"].values() for run in runs)
     assert speed["table"] in (tmp_path / "out" / "SUMMARY.md").read_text()

@@ -325,7 +325,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_checkpoint(go
         go(checkpoint_frequency=5)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_on_a_gpu_a_stopped_and_resumed_run_goes_on(go):
     """To the same end with a point for each step; the last digits are not promised there."""
     whole = go(cuda=True)
