@@ -77,9 +77,9 @@ teacher=(--total-timesteps 10000000)
 student=()
 if [ -n "$small" ]; then
     games=1
-    speed+=(--variants=--no-amp --repeats 1 --teacher-steps 400 --offline-steps 400 --total-timesteps 800)
+    speed+=("--variants=--no-amp --network nature" --repeats 1 --teacher-steps 400 --offline-steps 400 --total-timesteps 800)
     teacher=(--total-timesteps 1200 --learning-starts 400 --buffer-size 5000 --eval-episodes 1)
-    student=("${teacher[@]}" --teacher-steps 400 --offline-steps 100 --teacher-eval-episodes 1 --return-baseline random)
+    student=("${teacher[@]}" --network nature --teacher-steps 400 --offline-steps 100 --teacher-eval-episodes 1 --return-baseline random)
 fi
 
 mkdir -p "$out" && out=$(cd "$out" && pwd)
