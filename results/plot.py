@@ -4,7 +4,8 @@
     python results/plot.py results/pong_cpu --readme   # and the table between that directory's markers in README.md
 
 Every CSV of the directory with the columns run, tag, step, value, seconds is read; a run is called KIND-GAME-SEED.
-Curves are evaluations of `eval_episodes` games, scores those of the final network. Intervals are 95%: of the mean over
+Curves are evaluations of `eval_episodes` games, or, of a run that has none online, means of ten training games in turn;
+scores are those of the final network. Intervals are 95%: of the mean over
 seeds in curves (Student's t), and of interquartile means by a bootstrap stratified by game (Agarwal et al., 2021).
 """
 
@@ -24,6 +25,8 @@ KINDS = {  # colours that the colour-blind tell apart (Okabe and Ito); line and 
     "kickstart": ("no offline phase", "#009E73", "^", "-."),
     "offline": ("offline phase only", "#CC79A7", "D", ":"),
     "teacher": ("Nature DQN", "#000000", "x", ":"),
+    "known": ("widely used implementation", "#E69F00", "v", "--"),
+    "fast": ("QDagger student in bfloat16", "#56B4E9", "P", "-."),
 }
 RANDOM_AND_HUMAN = {"Breakout": (1.7, 30.5), "Pong": (-20.7, 14.6), "BeamRider": (363.9, 16926.5)}  # Mnih et al., 2015
 PUBLISHED = {  # after ten million steps: the widely used file in torch and JAX, and plain DQN of the same authors
@@ -31,6 +34,7 @@ PUBLISHED = {  # after ten million steps: the widely used file in torch and JAX,
     "Pong": {"v": 19.72, "^": 18.75, "P": 20.25},
     "BeamRider": {"v": 9284.99, "^": 8024.75, "P": 6673.24},
 }
+GAMES = 10  # training games to a point
 PUBLISHED_NAMES = {"v": "known file, torch", "^": "known file, JAX", "P": "plain DQN, torch"}
 
 
@@ -45,12 +49,22 @@ def read(directory: Path) -> pd.DataFrame:
     return rows.dropna(subset="kind")
 
 
+def training_games(rows: pd.DataFrame) -> pd.DataFrame:
+    """Of runs that were not evaluated online: means of ten training games, where the last of the ten ended."""
+    evaluated = rows[rows.tag == "eval/episodic_return"].run.unique()
+    games = rows[(rows.tag == "charts/episodic_return") & ~rows.run.isin(evaluated)].sort_values(["run", "step"])
+    nth = games.groupby("run").cumcount() // GAMES
+    groups = games.groupby(["run", nth.rename("nth")])
+    means = groups.agg({"value": "mean", **dict.fromkeys(("tag", "step", "seconds", "kind", "game", "seed"), "last")})
+    return means[groups.size() == GAMES].reset_index("run")
+
+
 def evaluations(rows: pd.DataFrame) -> pd.DataFrame:
-    """Columns kind, game, seed, step (online steps; offline evaluations at 0 and before), value, hours."""
+    """Columns kind, game, seed, step (online steps; offline evaluations at 0 and before), value, minutes."""
     offline = rows[rows.tag == "charts/offline/avg_episodic_return"]
-    updates = offline.groupby("run").step.max()
+    updates = rows[rows.tag.str.startswith("charts/offline/")].groupby("run").step.max()
     online = rows[rows.tag == "eval/episodic_return"]
-    points = pd.concat([offline, online])
+    points = pd.concat([offline, online, training_games(rows)])
     points = points.assign(
         step=points.step - points.run.map(updates).fillna(0),
         minutes=points.seconds / 60,

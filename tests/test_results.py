@@ -120,3 +120,14 @@ def test_figures_and_the_readme_s_table(collected, tmp_path, monkeypatch):
     assert text.startswith("before\n") and text.endswith("after\n")
     plot.main()  # from the same numbers the same again, now that it has written CSVs of its own
     assert readme.read_text() == text
+
+
+def test_a_run_without_evaluations_is_drawn_by_its_training_games():
+    columns = ["run", "tag", "step", "value", "seconds", "kind", "game", "seed"]
+    games = [("known", "charts/episodic_return", 100 * nth, nth, 2.0 * nth, "known", "Pong", "1") for nth in range(25)]
+    games += [("ours", "charts/episodic_return", 100 * nth, 5, nth, "student", "Pong", "1") for nth in range(25)]
+    evaluation = ("ours", "eval/episodic_return", 2000, 7.0, 30.0, "student", "Pong", "1")
+    points = plot.evaluations(pd.DataFrame([*games, evaluation], columns=columns))
+    known, ours = points[points.run == "known"], points[points.run == "ours"]
+    assert known[["step", "value"]].values.tolist() == [[900, 4.5], [1900, 14.5]]  # the last five make no ten
+    assert known.minutes.tolist() == [18 / 60, 38 / 60] and ours[["step", "value"]].values.tolist() == [[2000, 7]]
