@@ -21,20 +21,19 @@ import importlib.util
 import io
 import json
 import math
-import multiprocessing
 import os
+import random
 import signal
 import sys
 import threading
 import time
 import zipfile
 import zlib
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -46,7 +45,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import tyro
-from stable_baselines3.common.atari_wrappers import AtariWrapper
+from ale_py.vector_env import AtariVectorEnv
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -183,105 +182,156 @@ def validate(args: Args) -> None:
 # --- Environments ---
 
 STACK = 4  # frames in an observation
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # the last is Slurm's warning
 
 
-class Resumable(gym.Wrapper):
-    """`game_state` is all of a game that another process needs to go on with it; setting it does."""
+@cache
+def screen_size(rom: str) -> tuple[int, int]:
+    """Height and width in pixels."""
+    emulator = ale_py.ALEInterface()
+    emulator.loadROM(ale_py.roms.get_rom_path(rom))
+    return emulator.getScreenDims()
 
-    MEMORY = ("obs_queue", "lives", "was_real_done", "_obs_buffer", "episode_returns", "episode_lengths", "_has_reset")
 
-    def memories(self) -> Iterator[tuple[dict, str]]:
-        """Where the wrappers inside keep what they remember: (their attributes, name of one)."""
-        layer = self
-        while layer is not self.unwrapped:
-            layer = layer.env
-            yield from ((vars(layer), name) for name in self.MEMORY if name in vars(layer))
+class AtariGame:
+    """One Atari game as the reference wrappers show it (stable_baselines3's AtariWrapper), in a thread of ALE's.
+
+    A step is four emulator frames with one action; its image is the maximum of the last two, grey, 84 x 84. A lost life
+    ends an episode of the learner's, but not the game. Where an episode ends the next one has begun: if a game or a
+    life must be launched, FIRE was pressed. A game begins with up to 29 frames of waiting.
+
+    All that happens follows from `seed` and `actions`, so these are the state of a game.
+    """
+
+    RESEEDED = 10_000  # actions after which a new game gets a new seed, so that playing them again does not take long
+
+    def __init__(self, env_id: str, seed: int, repeat_action_probability: float = 0.0):
+        gym.register_envs(ale_py)
+        ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)
+        rom = gym.spec(env_id).kwargs["game"]
+        raw = dict(zip(("img_height", "img_width"), screen_size(rom)), grayscale=False, stack_num=1)
+        raw |= {"use_fire_reset": False, "reward_clipping": False}
+        self.emulator = AtariVectorEnv(rom, 1, repeat_action_probability=repeat_action_probability, **raw)
+        action_set = self.emulator.ale.get_action_set()
+        self.num_actions = len(action_set)
+        self.launch = [1, 2] if ale_py.Action.FIRE in action_set else []
+        self.ended: tuple[float, int] | None = None  # raw return and length in frames, if the last step ended the game
+        self.video = None
+        self.restore(seed)
+
+    def restore(self, seed: int, actions: Sequence[int] = ()) -> None:
+        """Begin with `seed`, and take these actions."""
+        self.seed, self.actions = seed, []
+        self.new_game(seed=np.array([seed]))
+        for action in actions:
+            self.send(action)
+            self.recv()
+
+    def send(self, action: int) -> None:
+        """Begin a step."""
+        self.actions.append(action)
+        self.emulator.send(np.array([action]))
+
+    def recv(self) -> tuple[float, bool, bool, np.ndarray]:
+        """End it: (raw reward, terminated, truncated, observation at its end); `obs` is what to act on next."""
+        self.ended = None
+        outcome = self.observe()
+        last_obs = self.obs
+        if self.over:
+            self.new_game()
+        elif outcome[1]:
+            self.begin_episode(0, *self.launch)  # a NOOP first, as the reference has it
+        return *outcome, last_obs
+
+    def observe(self) -> tuple[float, bool, bool]:
+        """Wait for the emulator: (raw reward, terminated, truncated)."""
+        images, (reward,), (over,), (truncated,), info = self.emulator.recv()
+        lives, length = int(info["lives"][0]), int(info["episode_frame_number"][0])
+        life_lost, self.lives = 0 < lives < self.lives, lives
+        self.obs = np.stack([*self.obs[1:], self.frame(images)])
+        self.game_return += float(reward)
+        self.over = bool(over or truncated)
+        if self.over:
+            self.ended = self.game_return, length
+        return float(reward), bool(over or life_lost), bool(truncated)
+
+    def frame(self, images: np.ndarray) -> np.ndarray:
+        """uint8 (84, 84) from the emulator's (1, 1, height, width, 3)."""
+        if self.video:
+            with suppress(OSError):  # Ctrl-C ends the process that writes it as well
+                self.video.write_frame(images[0, 0])
+        grey = cv2.cvtColor(images[0, 0], cv2.COLOR_RGB2GRAY)
+        return cv2.resize(grey, (84, 84), interpolation=cv2.INTER_AREA)
+
+    def new_game(self, **seed) -> None:
+        if self.video:
+            self.video.close()
+            self.video = None
+        if len(self.actions) >= self.RESEEDED:
+            self.seed, self.actions = random.Random(self.seed).getrandbits(31), []
+            seed = {"seed": np.array([self.seed])}
+        images, info = self.emulator.reset(**seed)
+        self.lives, self.game_return, self.obs = info["lives"][0], 0.0, self.frame(images)[None].repeat(STACK, axis=0)
+        self.begin_episode(*self.launch)
+
+    def begin_episode(self, *actions: int) -> None:
+        """Take these actions, and begin there with the last frame four times; with a new game if they end this one."""
+        for action in actions:
+            self.emulator.send(np.array([action]))
+            self.observe()
+            if self.over:
+                return self.new_game()
+        self.obs = self.obs[-1:].repeat(STACK, axis=0)
+
+    def film(self, path: Path) -> None:
+        """Write what is seen from now on to the end of this game to `path` (extra `video`)."""
+        from moviepy.video.io.ffmpeg_writer import FFMPEG_VideoWriter
+
+        path.parent.mkdir(exist_ok=True)
+        self.video = FFMPEG_VideoWriter(str(path), self.emulator.single_observation_space.shape[-2:-4:-1], fps=15)
+
+
+class Step(NamedTuple):
+    """What a step of all games has brought."""
+
+    rewards: np.ndarray  # float32 (num_envs,): their signs
+    terminations: np.ndarray  # bool (num_envs,)
+    truncations: np.ndarray  # bool (num_envs,)
+    last_obs: np.ndarray  # uint8 (num_envs, 4, 84, 84): the observations at its end, also where an episode ended
+    games: list[tuple[int, float, int]]  # (environment, raw return, length in frames) of whole games that ended
+
+
+class AtariGames:
+    """Games side by side, the i-th with seed + i; they play on between `step_async` and `step_wait`."""
+
+    def __init__(self, args: Args, num_envs: int, seed: int):
+        make = partial(AtariGame, args.env_id, repeat_action_probability=args.repeat_action_probability)
+        self.games = [make(seed=(seed + env) % 2**31) for env in range(num_envs)]
 
     @property
-    def game_state(self) -> dict:
-        emulator = self.unwrapped.clone_state(include_rng=True).serialize()
-        memory = [torch.from_numpy(np.array(attributes[name])) for attributes, name in self.memories()]
-        return {"emulator": emulator, "random": self.unwrapped.np_random.bit_generator.state, "memory": memory}
+    def obs(self) -> np.ndarray:
+        """uint8 (num_envs, 4, 84, 84), the oldest frame first: what to act on next."""
+        return np.stack([game.obs for game in self.games])
 
-    @game_state.setter
-    def game_state(self, state: dict) -> None:
-        self.unwrapped.restore_state(ale_py.ALEState(state["emulator"]))
-        self.unwrapped.np_random.bit_generator.state = state["random"]
-        for (attributes, name), value in zip(self.memories(), state["memory"]):
-            old = attributes[name]
-            new = value.numpy() if isinstance(old, np.ndarray | deque) else value.item()
-            attributes[name] = deque(new, maxlen=old.maxlen) if isinstance(old, deque) else new
+    def step_async(self, actions: torch.Tensor) -> None:
+        for game, action in zip(self.games, actions.tolist()):
+            game.send(action)
 
+    def step_wait(self) -> Step:
+        rewards, *ends, last_obs = zip(*(game.recv() for game in self.games))
+        ended = [(env, *game.ended) for env, game in enumerate(self.games) if game.ended]
+        return Step(np.sign(rewards, dtype=np.float32), *map(np.array, ends), np.stack(last_obs), ended)
 
-def make_env(env_id: str, repeat_action_probability=0.0, video_dir: str | None = None, video="training") -> gym.Env:
-    """One game behind the reference wrappers; observations are uint8 (4, 84, 84), the oldest frame first.
+    def state_dict(self) -> list[tuple[int, torch.Tensor]]:
+        return [(game.seed, torch.tensor(game.actions, dtype=torch.uint8)) for game in self.games]
 
-    The learner sees clipped rewards and one episode per life; `info["episode"]` has the raw return of whole games and
-    their length in emulator frames. Videos go to `video_dir`: some games of a training, the first of an evaluation.
-    """
-    if multiprocessing.parent_process() is not None:
-        for number in STOP_SIGNALS:  # they are for the learner, who then closes its workers
-            signal.signal(number, signal.SIG_IGN)
-    cv2.setNumThreads(1)  # a frame is too small to share among threads, and other games need the cores
-    gym.register_envs(ale_py)
-    ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)
-    gym.logger.min_level = gym.logger.ERROR + 1  # what fails in a game is told in one line, see closing_games
-    render_mode = "rgb_array" if video_dir else None
-    env = gym.make(env_id, repeat_action_probability=repeat_action_probability, render_mode=render_mode)
-    if video_dir:
-        trigger = None if video == "training" else lambda game: game == 0
-        env = gym.wrappers.RecordVideo(env, video_dir, trigger, name_prefix=video, disable_logger=True)
-    env = gym.wrappers.RecordEpisodeStatistics(env)
-    env = AtariWrapper(env)
-    env = gym.wrappers.ReshapeObservation(env, (84, 84))
-    return Resumable(gym.wrappers.FrameStackObservation(env, STACK))
-
-
-def make_envs(args: Args, num_envs: int, **video) -> gym.vector.AsyncVectorEnv:
-    """`num_envs` games, each in a process of its own; `video` (see make_env) is of the first.
-
-    Games reset within the step that ends them, so that no transition leads from one game into the next.
-    """
-    make = partial(make_env, args.env_id, args.repeat_action_probability)
-    start = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
-    if start == "forkserver":
-        multiprocessing.set_forkserver_preload([Path(__file__).stem])  # seconds saved for each: torch is imported once
-    return gym.vector.AsyncVectorEnv(
-        [partial(make, **video)] + [make] * (num_envs - 1),
-        autoreset_mode=gym.vector.AutoresetMode.SAME_STEP,
-        context=start,
-    )
-
-
-class GameError(Exception):
-    """The process of a game died, or its emulator failed."""
-
-
-@contextmanager
-def closing_games(envs: gym.vector.AsyncVectorEnv) -> Iterator[None]:
-    """Close `envs` in the end, whatever happens; GameError if it happens in one of their processes."""
-    try:
-        yield
-    except Exception as error:
-        dead = isinstance(error, (EOFError, ConnectionError))
-        if dead or None in envs.parent_pipes:  # where a process has reported an error there is no pipe any more
-            for process in envs.processes:  # the others may wait for an answer for ever
-                process.kill()
-                process.join()
-            envs.closed = True
-            raise GameError("the process of a game died" if dead else f"a game failed: {first_line(error)}") from None
-        raise
-    finally:
-        envs.close()
-
-
-def finished_games(infos: dict) -> list[tuple[int, float, int]]:
-    """(environment, raw return, length in emulator frames) of every whole game that ended in this step."""
-    games = infos.get("final_info", {}).get("episode")
-    if games is None:
-        return []
-    return [(int(env), float(games["r"][env]), int(games["l"][env])) for env in np.flatnonzero(games["_r"])]
+    def load_state_dict(self, state: list[tuple[int, torch.Tensor]]) -> None:
+        """Play all games again up to there; ValueError if that is no state of theirs."""
+        for game, (seed, actions) in zip(self.games, state, strict=True):
+            refuse_unlike(actions, torch.zeros(min(len(actions), game.RESEEDED + 30_000), dtype=torch.uint8))
+            if type(seed) is not int or not 0 <= seed < 2**31 or (actions >= game.num_actions).any():
+                raise ValueError("not the seed and the actions of a game")
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(lambda game, saved: game.restore(saved[0], saved[1].tolist()), self.games, state))
 
 
 # --- Networks ---
@@ -763,9 +813,9 @@ class Captured:
 
 
 def evaluate(
-    network: Callable, args: Args, episodes: int, device, epsilon=None, video_dir=None, stop=()
+    network: Callable, args: Args, episodes: int, device, epsilon=None, video: Path | None = None, stop=()
 ) -> list[float]:
-    """Raw returns of `episodes` whole games at epsilon, by default end_e; the first is filmed if video_dir is given.
+    """Raw returns of `episodes` whole games at epsilon, by default end_e; the first is filmed if `video` is a path.
 
     Stopped is raised as soon as there is a signal in `stop`.
 
@@ -777,15 +827,16 @@ def evaluate(
     returns: list[list[float]] = [[] for _ in range(num_envs)]
     epsilon = args.end_e if epsilon is None else epsilon
     generator = torch.Generator(device).manual_seed(args.seed)
-    envs = make_envs(args, num_envs, video_dir=video_dir, video="evaluation")
-    with closing_games(envs), tqdm(total=episodes, desc="evaluation", unit="game", leave=False) as bar:
-        obs, _ = envs.reset(seed=args.seed + 20_000)
+    games = AtariGames(args, num_envs, args.seed + 20_000)
+    if video:
+        games.games[0].film(video)
+    with tqdm(total=episodes, desc="evaluation", unit="game", leave=False) as bar:
         while bar.n < episodes:
             if stop:
                 raise Stopped(stop[0])
-            actions, _ = act(network, torch.as_tensor(obs, device=device), epsilon, generator)
-            obs, _, _, _, infos = envs.step(actions.cpu().numpy())
-            for env, game_return, _ in finished_games(infos):
+            actions, _ = act(network, torch.as_tensor(games.obs, device=device), epsilon, generator)
+            games.step_async(actions)
+            for env, game_return, _ in games.step_wait().games:
                 if len(returns[env]) < quotas[env]:
                     returns[env].append(game_return)
                     bar.update()
@@ -796,16 +847,20 @@ def play(args: Args) -> None:
     """--evaluate: print the score of every game of a saved model, and their mean and standard deviation."""
     validate(args)
     device = choose_device(args)
-    network = load_model(args.evaluate, num_actions(args), "--evaluate").to(device, memory_format=torch.channels_last)
-    video_dir = str(args.evaluate.parent / "videos") if args.capture_video else None
-    returns = evaluate(network, args, args.eval_episodes, device, video_dir=video_dir)
+    num_actions = AtariGame(args.env_id, args.seed).num_actions
+    network = load_model(args.evaluate, num_actions, "--evaluate").to(device, memory_format=torch.channels_last)
+    video = args.evaluate.parent / "videos" / "evaluation.mp4" if args.capture_video else None
+    returns = evaluate(network, args, args.eval_episodes, device, video=video)
     print(*(f"game {game}: {game_return:g}" for game, game_return in enumerate(returns, 1)), sep="\n")
     print(f"{np.mean(returns):.2f} ± {np.std(returns):.2f} over {len(returns)} games of {args.env_id}")
-    if video_dir:
-        print(f"video of game 1: {video_dir}")
+    if video:
+        print(f"video of game 1: {video}")
 
 
 # --- Checkpoints ---
+
+
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # the last is Slurm's warning
 
 
 class Stopped(Exception):
@@ -1053,11 +1108,6 @@ class Progress:
         return float(np.mean(self.recent_returns)) if len(self.recent_returns) == 10 else None
 
 
-def num_actions(args: Args) -> int:
-    with closing(make_env(args.env_id)) as env:
-        return int(env.action_space.n)
-
-
 def measure_teacher(args: Args, teacher: nn.Module, device: torch.device, stop: Sequence[int]) -> tuple[float, float]:
     """Phase 0: mean returns of the teacher and of the baseline; UserError if the teacher is not the better one."""
     teacher_return = float(np.mean(evaluate(teacher, args, args.teacher_eval_episodes, device, stop=stop)))
@@ -1123,17 +1173,6 @@ def start_run(args: Args, facts: dict[str, str]) -> tuple[Path, Log]:
     return run_dir, log
 
 
-def finish_step(envs, replay: FrameReplay, obs, actions, teacher_q_values) -> tuple[np.ndarray, dict]:
-    """Wait for the step that `envs.step_async(actions)` began at `obs`, store it, return the next obs and infos."""
-    next_obs, rewards, terminations, truncations, infos = envs.step_wait()
-    last_obs = next_obs
-    if "final_obs" in infos:
-        last_obs, ended = next_obs.copy(), infos["_final_obs"]
-        last_obs[ended] = np.stack(infos["final_obs"][ended])
-    replay.add(obs, actions, rewards, terminations, truncations, last_obs, teacher_q_values)
-    return next_obs, infos
-
-
 def train(args: Args, stop: Sequence[int] = ()) -> Path:
     """Run all phases, or what is left of a run to be resumed, and return its directory.
 
@@ -1142,7 +1181,7 @@ def train(args: Args, stop: Sequence[int] = ()) -> Path:
     torch.set_flush_denormal(True)  # Adam's averages decay into denormal numbers, which make a CPU crawl
     validate(args)
     upload_repo = check_upload(args) if args.upload_model else ""
-    device, actions_count = choose_device(args), num_actions(args)
+    device, actions_count = choose_device(args), AtariGame(args.env_id, args.seed).num_actions
     teacher, checkpoints, saved, saved_frames, progress = None, None, {}, {}, Progress()
     facts = {"device": str(device), "torch": str(torch.__version__)}
     if args.resume:
@@ -1170,7 +1209,8 @@ def train(args: Args, stop: Sequence[int] = ()) -> Path:
     new_replay = partial(FrameReplay, num_envs=args.num_envs, num_actions=actions_count, device=device)
     with user_error("--buffer-size, --teacher-steps: too large for the memory"):
         replay = new_replay(args.buffer_size)
-        teacher_replay = new_replay(args.teacher_steps) if progress.offline_steps < offline_steps else None
+        before_online = "teacher" in saved["replays"] if saved else offline_steps > 0
+        teacher_replay = new_replay(args.teacher_steps) if before_online else None
     if teacher_replay:
         names = ["env_id", "repeat_action_probability", "num_envs", "teacher_steps", "start_e", "end_e"]
         made_with = {name: getattr(args, name) for name in names} | {"teacher": facts["teacher_sha256"]}
@@ -1192,14 +1232,13 @@ def train(args: Args, stop: Sequence[int] = ()) -> Path:
     else:
         teacher_return, baseline_return = measure_teacher(args, teacher, device, stop) if teacher else (0.0, 0.0)
     run_dir, log = start_run(args, facts)
-    video_dir = str(run_dir / "videos") if args.capture_video else None
     checkpoints = checkpoints or Checkpoints(run_dir)
     if teacher and not saved:
         log.add_scalar("charts/teacher/avg_episodic_return", teacher_return, 0)
 
-    def evaluate_student(tag: str, step: int, video_dir: str | None = None) -> None:
+    def evaluate_student(tag: str, step: int, video: Path | None = None) -> None:
         try:
-            returns = evaluate(learner.q_values, args, args.eval_episodes, device, video_dir=video_dir, stop=stop)
+            returns = evaluate(learner.q_values, args, args.eval_episodes, device, video=video, stop=stop)
         except Stopped as stopped:  # a checkpoint was written right before
             raise Stopped(*stopped.args, run_dir) from None
         progress.evaluated, progress.scores = step, returns
@@ -1215,7 +1254,7 @@ def train(args: Args, stop: Sequence[int] = ()) -> Path:
             raise UserError(f"the loss is {values['loss']} after {after}; {run_dir} keeps its last checkpoint")
         return values
 
-    def save(envs: gym.vector.VectorEnv | None = None, obs: np.ndarray | None = None) -> None:
+    def save(games: AtariGames | None = None) -> None:
         """A checkpoint, unless the last update went wrong."""
         read_metrics()
         log.flush()
@@ -1226,48 +1265,43 @@ def train(args: Args, stop: Sequence[int] = ()) -> Path:
             "returns": (teacher_return, baseline_return),
             "teacher": teacher.state_dict() if teacher else None,
             "learner": learner.state_dict(),
-            "games": None if envs is None else (torch.as_tensor(obs), envs.get_attr("game_state")),
+            "games": games and games.state_dict(),
             "events": {path.name: path.stat().st_size for path in run_dir.glob("events.*")},
         }
         replays = {"teacher": teacher_replay} if teacher_replay else {"student": replay}
         checkpoints.save(content, replays, progress.steps)
 
-    def safe_point(envs: gym.vector.VectorEnv | None = None, obs: np.ndarray | None = None) -> None:
+    def safe_point(games: AtariGames | None = None) -> None:
         """Between two steps: a checkpoint if it is time for one, and the end if a signal asked for it."""
         if stop:
-            save(envs, obs)
+            save(games)
             raise Stopped(stop[0], run_dir)
         if checkpoints.due(progress.steps, args.checkpoint_frequency):
-            save(envs, obs)
+            save(games)
 
-    def start_games(seed: int, **video) -> tuple[gym.vector.VectorEnv, np.ndarray]:
-        """Environments and their first observations: new games, or those of the checkpoint."""
-        envs = make_envs(args, args.num_envs, **video)
-        obs, _ = envs.reset(seed=seed)
-        games = saved.pop("games", None)
-        if games:
+    def start_games(seed: int) -> AtariGames:
+        """New games, or those of the checkpoint."""
+        games, state = AtariGames(args, args.num_envs, seed), saved.pop("games", None)
+        if state:
             with user_error(f"--resume {args.resume}: its games do not fit"):
-                refuse_unlike(games[0], torch.as_tensor(obs))
-                obs = games[0].numpy()
-                envs.set_attr("game_state", list(games[1]))
-        return envs, obs
+                games.load_state_dict(state)
+        return games
 
     # Phase 1: the teacher fills its buffer.
     if teacher_replay and progress.teacher_steps < args.teacher_steps:
-        envs, obs = start_games(args.seed + 10_000)
-        bar = tqdm(total=args.teacher_steps, initial=progress.teacher_steps, desc="teacher buffer", unit="step")
-        with closing_games(envs), bar:
+        games = start_games(args.seed + 10_000)
+        with tqdm(total=args.teacher_steps, initial=progress.teacher_steps, desc="teacher buffer", unit="step") as bar:
             while progress.teacher_steps < args.teacher_steps:
-                safe_point(envs, obs)
+                safe_point(games)
                 epsilon = linear_schedule(args.start_e, args.end_e, args.teacher_steps, progress.teacher_steps)
-                actions, teacher_q_values = act(
-                    teacher, torch.as_tensor(obs, device=device), epsilon, learner.generator
-                )
-                envs.step_async(actions.cpu().numpy())
-                obs, infos = finish_step(envs, teacher_replay, obs, actions, teacher_q_values)
+                obs = games.obs
+                actions, q_values = act(teacher, torch.as_tensor(obs, device=device), epsilon, learner.generator)
+                games.step_async(actions)
+                *outcome, ended = games.step_wait()
+                teacher_replay.add(obs, actions, *outcome, q_values)
                 progress.teacher_steps += args.num_envs
                 bar.update(args.num_envs)
-                for _, game_return, _ in finished_games(infos):
+                for _, game_return, _ in ended:
                     bar.set_postfix_str(f"return={game_return:.1f}, λ=1.00", refresh=False)
         if args.teacher_buffer:
             write({"made_with": made_with, "replay": teacher_replay.state_dict()}, args.teacher_buffer)
@@ -1304,20 +1338,22 @@ def train(args: Args, stop: Sequence[int] = ()) -> Path:
     coefficient = 0.0
     learner.metrics.clear()
     gradient_step = learner.step_on(replay)
-    envs, obs = start_games(args.seed, video_dir=video_dir)
-    bar = tqdm(total=args.total_timesteps, initial=progress.online_steps, desc="online", unit="step")
-    with closing_games(envs), bar:
+    games, film_next = start_games(args.seed), 0
+    with tqdm(total=args.total_timesteps, initial=progress.online_steps, desc="online", unit="step") as bar:
         while True:
             begin, global_step = progress.online_steps, offline_steps + progress.online_steps
             at_end = begin >= args.total_timesteps
             periodic = begin > 0 and due(begin - args.num_envs, args.num_envs, args.eval_frequency)
             if (at_end or periodic) and progress.evaluated != global_step:
-                save(envs, obs)
-                evaluate_student("eval/episodic_return", global_step, video_dir if at_end else None)
+                save(games)
+                film = args.capture_video and at_end
+                evaluate_student(
+                    "eval/episodic_return", global_step, run_dir / "videos" / "evaluation.mp4" if film else None
+                )
             if at_end:
-                save(envs, obs)
+                save(games)
                 break
-            safe_point(envs, obs)
+            safe_point(games)
 
             start = time.perf_counter()
             epsilon = linear_schedule(args.start_e, args.end_e, exploration_steps, global_step)
@@ -1329,22 +1365,27 @@ def train(args: Args, stop: Sequence[int] = ()) -> Path:
                 over = args.distill_latch or (args.distill_steps is not None and begin >= args.distill_steps)
                 progress.distilling = coefficient > 0 or not over
 
+            obs = games.obs
             device_obs = torch.as_tensor(obs, device=device)
             actions, _ = act(learner.q_values, device_obs, epsilon, learner.generator)
-            envs.step_async(actions.cpu().numpy())  # the games go on while the student learns
+            games.step_async(actions)  # they go on while the student learns
             for step in range(begin + 1, begin + args.num_envs + 1):
                 if step > learning_starts and step % args.train_frequency == 0:
                     gradient_step()
                 if step % args.target_network_frequency == 0:
                     learner.update_target(args.tau)
             teacher_q_values = teacher(device_obs) if progress.distilling else None
-            obs, infos = finish_step(envs, replay, obs, actions, teacher_q_values)
+            *outcome, ended = games.step_wait()
+            replay.add(obs, actions, *outcome, teacher_q_values)
             progress.online_steps += args.num_envs
             progress.online_seconds += time.perf_counter() - start
             bar.update(args.num_envs)
 
             global_step = offline_steps + progress.online_steps
-            for _, game_return, game_length in finished_games(infos):
+            for env, game_return, game_length in ended:
+                if args.capture_video and env == 0 and progress.online_steps >= film_next:
+                    games.games[0].film(run_dir / "videos" / f"training-{global_step}.mp4")
+                    film_next = 2 * progress.online_steps
                 log.add_scalar("charts/episodic_return", game_return, global_step)
                 log.add_scalar("charts/episodic_length", game_length, global_step)
                 progress.recent_returns = [*progress.recent_returns[-9:], game_return]
@@ -1376,9 +1417,6 @@ def main() -> None:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except GameError as error:
-        print(f"error: {error}; --resume runs/RUN goes on from the last checkpoint", file=sys.stderr)
-        sys.exit(1)
     except Stopped as stopped:
         number, *run_dir = stopped.args
         how = f"; go on with: python {Path(sys.argv[0]).name} --resume {run_dir[0]}" if run_dir else ""

@@ -10,7 +10,6 @@ import json
 import platform
 import tempfile
 import time
-from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +17,7 @@ import numpy as np
 import torch
 import tyro
 
-from qdagger_dqn_atari_impalacnn import Checkpoints, FrameReplay, QNetwork, make_env
+from qdagger_dqn_atari_impalacnn import AtariGame, Checkpoints, FrameReplay, QNetwork
 
 
 @dataclass
@@ -33,13 +32,11 @@ class Args:
 def record(env_id: str, count: int) -> torch.Tensor:
     """uint8 (count, 7056): the newest frame of each observation of random play."""
     rng, frames = np.random.default_rng(1), []
-    with closing(make_env(env_id)) as env:
-        env.reset(seed=1)
-        while len(frames) < count:
-            obs, _, terminated, truncated, _ = env.step(int(rng.integers(env.action_space.n)))
-            frames.append(torch.from_numpy(obs[-1].reshape(-1).copy()))
-            if terminated or truncated:
-                env.reset()
+    game = AtariGame(env_id, seed=1)
+    while len(frames) < count:
+        game.send(int(rng.integers(game.num_actions)))
+        game.recv()
+        frames.append(torch.from_numpy(game.obs[-1].reshape(-1).copy()))
     return torch.stack(frames)
 
 

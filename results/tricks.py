@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
 
-import gymnasium as gym
 import numpy as np
 import torch
 import tyro
@@ -77,7 +76,7 @@ def without_stored_teacher() -> Iterator[None]:
 @contextmanager
 def without_overlap() -> Iterator[None]:
     """Games are waited for before the student learns."""
-    environment, result = gym.vector.AsyncVectorEnv, {}
+    environment, result = qdagger.AtariGames, {}
     begin, wait = environment.step_async, environment.step_wait
 
     def begin_and_wait(envs, actions) -> None:
@@ -118,7 +117,8 @@ class Row:
         with self.undo():
             self.args = qdagger.Args(env_id=args.env_id, **flags)
             self.device = qdagger.choose_device(self.args)
-            actions = qdagger.num_actions(self.args)
+            self.games = qdagger.AtariGames(self.args, self.args.num_envs, seed=1)
+            actions = self.games.games[0].num_actions
             self.learner = qdagger.Learner(self.args, actions, self.device)
             self.learner.distill_weight.fill_(1.0)
             self.replay = qdagger.FrameReplay(CAPACITY, self.args.num_envs, actions, self.device)
@@ -126,8 +126,6 @@ class Row:
             self.replay.ages.fill_(qdagger.STACK - 1)
             self.replay.written.fill_(CAPACITY // self.args.num_envs)
             self.gradient_step = self.learner.step_on(self.replay)
-            self.envs = qdagger.make_envs(self.args, self.args.num_envs)
-            self.obs, _ = self.envs.reset(seed=1)
 
     def seconds(self, work: Callable[[], None], repeats: int) -> list[float]:
         times = []
@@ -144,11 +142,13 @@ class Row:
 
     def vector_step(self) -> None:
         """Four environment steps and one update, as the online phase has them."""
-        obs = torch.as_tensor(self.obs, device=self.device)
-        actions, _ = qdagger.act(self.learner.q_values, obs, 0.01, self.learner.generator)
-        self.envs.step_async(actions.cpu().numpy())
+        obs = self.games.obs
+        device_obs = torch.as_tensor(obs, device=self.device)
+        actions, _ = qdagger.act(self.learner.q_values, device_obs, 0.01, self.learner.generator)
+        self.games.step_async(actions)
         self.gradient_step()
-        self.obs, _ = qdagger.finish_step(self.envs, self.replay, self.obs, actions, None)
+        *outcome, _ = self.games.step_wait()
+        self.replay.add(obs, actions, *outcome)
 
 
 def main() -> None:
@@ -167,8 +167,6 @@ def main() -> None:
                 updates[name] += of_updates
                 steps[name] += of_steps
         print(f"turn {turn} of {args.turns}", file=sys.stderr)
-    for row in table.values():
-        row.envs.close()
 
     lines = ["| | update, ms | 4 steps and an update, ms |", "|---|---|---|"]
     for name in table:

@@ -5,7 +5,6 @@ import io
 import math
 import shutil
 import signal
-from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +22,6 @@ from qdagger_dqn_atari_impalacnn import (
     UserError,
     args_of,
     load,
-    make_env,
     start_run,
     train,
 )
@@ -54,15 +52,17 @@ def go(make_model, tmp_path_factory):
     """go(stop, **changes): a small training in a directory of its own, or the rest of one; its evaluations are 2."""
     teacher = str(make_model(4, action=1))
 
-    def go(stop=(), args: Args | None = None, **changes) -> Path:
+    def go(stop=(), args: Args | None = None, evaluate=lambda *_, **__: [2.0], **changes) -> Path:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(qdagger, "evaluate", lambda *_, **__: [2.0])
+            patch.setattr(qdagger, "evaluate", evaluate)
             if args is None:
                 patch.chdir(tmp_path_factory.mktemp("run"))
                 args = Args(**dict(teacher=teacher) | SETTINGS | changes)
             try:
                 return train(args, stop).absolute()
             except Stopped as stopped:
+                if len(stopped.args) == 1:
+                    raise
                 return stopped.args[1].absolute()
 
     return go
@@ -94,25 +94,28 @@ def test_a_stopped_and_resumed_run_is_the_run_that_was_not_stopped(go, whole, nu
     assert points(run) == points(whole(num_envs))
 
 
-@pytest.mark.parametrize("env_id", ["BreakoutNoFrameskip-v4", "PongNoFrameskip-v4", "SpaceInvadersNoFrameskip-v4"])
-def test_a_game_goes_on_in_another_environment(env_id):
-    """The same observations, rewards and ends once `game_state` was handed over, through lives, games and resets."""
-    rng = np.random.default_rng(0)
-    with closing(make_env(env_id)) as first, closing(make_env(env_id)) as second:
-        first.reset(seed=1)
-        second.reset(seed=2)
-        actions = rng.integers(first.action_space.n, size=1500)
-        for action in actions[:157]:
-            if any(first.step(int(action))[2:4]):
-                first.reset()
-        second.game_state = first.game_state
-        for action in actions:
-            steps = [env.step(int(action)) for env in (first, second)]
-            if any(steps[0][2:4]):
-                steps = [(*step, env.reset()[0]) for step, env in zip(steps, (first, second))]
-            for info in (steps[0][4], steps[1][4]):
-                info.get("episode", {}).pop("t", None)
-            np.testing.assert_equal(steps[0], steps[1])
+@pytest.mark.parametrize("evaluation", [1, 2, 3, 4, 5])
+def test_a_run_that_is_stopped_in_an_evaluation_evaluates_again(go, whole, evaluation):
+    """The teacher's, the student's before and after the offline phase, one online, the last."""
+    evaluations = []
+
+    def evaluate(*_, **__) -> list[float]:
+        evaluations.append(1)
+        if len(evaluations) == evaluation:
+            raise Stopped(signal.SIGTERM)
+        return [2.0]
+
+    if evaluation == 1:  # before there is a run
+        with pytest.raises(Stopped) as stopped:
+            go(evaluate=evaluate)
+        assert stopped.value.args == (signal.SIGTERM,)
+        return
+    run = go(evaluate=evaluate)
+    assert len(evaluations) == evaluation
+    run = go(args=args_of(run))
+    expected = weights(whole(2))
+    assert all(torch.equal(expected[name], value) for name, value in weights(run).items())
+    assert points(run) == points(whole(2))
 
 
 def test_a_finished_run_can_be_made_longer(go):

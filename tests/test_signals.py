@@ -1,4 +1,4 @@
-"""Seen from outside: runs that are interrupted, killed, or lose a game; and the memory of one that goes on for long."""
+"""Seen from outside: runs that are interrupted or killed; and the memory of one that goes on for long."""
 
 import contextlib
 import os
@@ -9,13 +9,11 @@ import sys
 import time
 from pathlib import Path
 
-import gymnasium as gym
 import numpy as np
 import pytest
 from conftest import points
 
 import qdagger_dqn_atari_impalacnn as qdagger
-from qdagger_dqn_atari_impalacnn import GameError, closing_games, make_env
 
 FLAGS = ["--teacher-steps=80", "--offline-steps=20", "--total-timesteps=160", "--learning-starts=60"]
 FLAGS += ["--buffer-size=100", "--network=nature", "--batch-size=4", "--teacher-eval-episodes=1", "--eval-episodes=1"]
@@ -38,7 +36,7 @@ def wait_for(pattern: str, cwd: Path, process: subprocess.Popen) -> None:
 
 @pytest.mark.parametrize("number, to_all", [(signal.SIGINT, True), (signal.SIGTERM, True), (signal.SIGUSR1, False)])
 def test_a_signal_ends_with_a_checkpoint_and_the_command_that_goes_on(make_model, tmp_path, number, to_all):
-    """Ctrl-C and a scheduler's signal reach the games' processes too."""
+    """Whether it comes from the terminal, to all processes, or from a scheduler, to one."""
     process = start(tmp_path, "--teacher", str(make_model(4, action=1)), *FLAGS, "--total-timesteps=100000")
     wait_for("runs/*/checkpoints/*.checkpoint", tmp_path, process)
     (os.killpg if to_all else os.kill)(process.pid, number)
@@ -47,59 +45,6 @@ def test_a_signal_ends_with_a_checkpoint_and_the_command_that_goes_on(make_model
     assert "Traceback" not in output
     (run,) = (tmp_path / "runs").iterdir()
     assert output.splitlines()[-1].endswith(f"--resume {run.relative_to(tmp_path)}")
-
-
-@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds the process by /proc")
-def test_a_game_whose_process_dies_ends_the_run_with_a_line(make_model, tmp_path):
-    process = start(tmp_path, "--teacher", str(make_model(4, action=1)), *FLAGS, "--total-timesteps=100000")
-    wait_for("runs/*/checkpoints/*.checkpoint", tmp_path, process)
-    parents = {}
-    for status in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):
-            parents[int(status.parent.name)] = int(status.read_text().rpartition(")")[2].split()[1])
-    of_run = [pid for pid, parent in parents.items() if parents.get(parent) == process.pid]
-    assert of_run
-    os.kill(of_run[0], signal.SIGKILL)
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == 1 and "Traceback" not in output, output
-    assert output.splitlines()[-1].startswith("error: the process of a game died")
-
-
-class Failing(gym.Env):
-    """An emulator that gives up in its third step."""
-
-    observation_space, action_space, steps = gym.spaces.Discrete(2), gym.spaces.Discrete(2), 0
-
-    def reset(self, **_):
-        return 0, {}
-
-    def step(self, _):
-        self.steps += 1
-        if self.steps == 3:
-            raise RuntimeError("the emulator is stuck\nin many words")
-        return 0, 0.0, False, False, {}
-
-
-def test_a_game_that_fails_ends_the_run_with_a_line(capfd, monkeypatch):
-    make_env("PongNoFrameskip-v4").close()  # it quiets gymnasium
-    envs = gym.vector.AsyncVectorEnv([Failing, Failing])
-    with pytest.raises(GameError) as error, closing_games(envs):
-        envs.reset()
-        for _ in range(3):
-            envs.step(np.zeros(2, dtype=int))
-    assert str(error.value) == "a game failed: the emulator is stuck"
-    assert not any(process.is_alive() for process in envs.processes)
-
-    def train(*_):
-        raise error.value
-
-    monkeypatch.setattr(qdagger, "train", train)
-    monkeypatch.setattr(sys, "argv", ["program"])
-    with pytest.raises(SystemExit) as stopped:
-        qdagger.main()
-    output = "".join(capfd.readouterr())
-    assert stopped.value.code == 1 and output.splitlines()[-1].startswith("error: a game failed: ")
-    assert "Traceback" not in output
 
 
 @pytest.mark.parametrize("kills", [3, pytest.param(30, marks=pytest.mark.long)])
@@ -112,7 +57,7 @@ def test_a_run_that_is_killed_again_and_again_arrives(make_model, tmp_path, kill
     for _ in range(kills):
         before, deadline = set(tmp_path.glob(pattern)), time.monotonic() + 120
         while set(tmp_path.glob(pattern)) <= before:  # it has come further
-            assert process.poll() is None and time.monotonic() < deadline
+            assert process.poll() is None and time.monotonic() < deadline, process.stdout.read()
             time.sleep(0.02)
         time.sleep(rng.random() * 2)
         os.killpg(process.pid, signal.SIGKILL)
@@ -129,7 +74,7 @@ def test_a_run_that_is_killed_again_and_again_arrives(make_model, tmp_path, kill
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads memory from /proc")
 @pytest.mark.parametrize("seconds", [15, pytest.param(1200, marks=pytest.mark.long)])
 def test_memory_stays_flat(tmp_path, seconds):
-    """Once the replay is full, neither the learner nor its games grow: over all, less than 2% in the second half."""
+    """Once the replay is full, neither the learner nor its games grow: less than 2% in the second half."""
     flags = ["--teacher=none", "--network=nature", "--batch-size=4", "--buffer-size=400", "--learning-starts=100"]
     process = start(tmp_path, *flags, "--no-cuda", "--checkpoint-frequency=2000", "--total-timesteps=10000000")
     wait_for("runs/*/checkpoints/*.checkpoint", tmp_path, process)

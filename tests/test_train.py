@@ -54,7 +54,7 @@ class Run(SimpleNamespace):
 
 @pytest.fixture(scope="module")
 def run(make_model, tmp_path_factory):
-    """run(evaluate=..., finished_games=..., **changes): train a small Nature CNN on Breakout under observation.
+    """run(evaluate=..., games=..., **changes): train a small Nature CNN on Breakout under observation.
 
     Evaluations play no games but return 2, unless `evaluate` is another function.
     """
@@ -63,7 +63,7 @@ def run(make_model, tmp_path_factory):
     games = dict(teacher_eval_episodes=1, eval_episodes=1, eval_frequency=0, save_model=True, cuda=False)
     defaults = dict(teacher=str(make_model(4, action=ACTION))) | phases | sizes | games
 
-    def go(evaluate=lambda *args, **options: [2.0], finished_games=qdagger.finished_games, **changes) -> Run:
+    def go(evaluate=lambda *args, **options: [2.0], games=qdagger.AtariGames, **changes) -> Run:
         seen = Run(in_sync=[], stored=[], replays=[], parameters=None)
 
         class SpyReplay(FrameReplay):
@@ -89,7 +89,7 @@ def run(make_model, tmp_path_factory):
             patch.chdir(tmp_path_factory.mktemp("run"))
             patch.setattr(qdagger, "Learner", SpyLearner)
             patch.setattr(qdagger, "FrameReplay", SpyReplay)
-            patch.setattr(qdagger, "finished_games", finished_games)
+            patch.setattr(qdagger, "AtariGames", games)
             patch.setattr(qdagger, "evaluate", evaluate)
             seen.args = Args(**defaults | changes)
             seen.directory = train(seen.args).absolute()
@@ -339,15 +339,17 @@ def test_lambda_is_cut_off_at_distill_steps(run):
 
 
 def scripted_games(returns: dict[int, float]):
-    """A finished_games that reports, at the n-th step of the environments, ten games of that return."""
-    steps = 0
+    """AtariGames that report, at their n-th step, ten games of that return."""
 
-    def finished_games(infos) -> list[tuple[int, float, int]]:
-        nonlocal steps
-        steps += 1
-        return [(0, returns[steps], 400)] * 10 if steps in returns else []
+    class Scripted(qdagger.AtariGames):
+        steps = 0
 
-    return finished_games
+        def step_wait(self):
+            self.steps += 1
+            games = [(0, returns[self.steps], 400)] * 10 if self.steps in returns else []
+            return super().step_wait()._replace(games=games)
+
+    return Scripted
 
 
 @pytest.mark.parametrize("latch, coefficients", [(False, [1, 0.25, 0, 0.5]), (True, [1, 0.25, 0, 0])])
@@ -355,7 +357,7 @@ def test_lambda_follows_the_last_ten_games_unless_it_is_latched(run, latch, coef
     """A teacher of 2: students of 1.5, 3 and 1 give 0.25, 0 and 0.5, or stay at 0 once they were there."""
     games = scripted_games({30: 1.5, 55: 3.0, 80: 1.0})
     phases = dict(teacher_steps=0, offline_steps=0, total_timesteps=400, buffer_size=400)
-    seen = run(finished_games=games, distill_latch=latch, **phases)
+    seen = run(games=games, distill_latch=latch, **phases)
     assert list(seen.scalars("charts/distill_coeff").values()) == pytest.approx(coefficients)
     assert len(seen.events.Scalars("charts/episodic_return")) == 30
 
