@@ -84,7 +84,7 @@ class Args:
     tau: float = 1.0  # share of the online network in a target update; 1 copies it
     target_network_frequency: int = 1000  # gradient steps (offline) or environment steps (online) per target update
     batch_size: int = 32  # transitions per gradient step
-    n_step: int = 1  # rewards summed before the target network's value
+    n_step: int = 3  # rewards summed before the target network's value
     huber: bool = False  # Huber instead of squared TD error
     start_e: float = 1.0  # exploration at the start of a schedule
     end_e: float = 0.01  # exploration at its end, and in every evaluation
@@ -95,8 +95,8 @@ class Args:
     # QDagger
     teacher_steps: int = 500_000  # environment steps of the teacher's buffer
     offline_steps: int = 500_000  # gradient steps on the teacher's buffer
-    temperature: float = 1.0  # of both policies in the distillation loss
-    distill_coef: float = 1.0  # weight of the distillation loss beside lambda
+    temperature: float = 0.1  # of both policies in the distillation loss
+    distill_coef: float = 3.0  # weight of the distillation loss beside lambda
     distill_steps: int | None = None  # online steps after which lambda is 0; unset: never cut off
     distill_latch: bool = False  # once lambda was 0, keep it there
     return_baseline: Literal["zero", "random"] = "zero"  # lambda compares returns above this baseline
