@@ -37,6 +37,8 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+os.environ["GOMP_SPINCOUNT"] = os.environ.get("GOMP_SPINCOUNT", "10000")  # threads of torch that wait let games play
+
 import ale_py
 import cv2
 import gymnasium as gym
@@ -51,8 +53,9 @@ from tqdm import tqdm
 
 # --- Arguments ---
 
-# Whether networks run on a CPU with units for bfloat16.
-AMX = not torch.cuda.is_available() and getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16", False)
+# CPUs that are faster in bfloat16: those with AMX, and of those with AVX-512 instructions for it AMD's.
+CPU = {} if torch.cuda.is_available() else getattr(torch.cpu, "get_capabilities", dict)()
+FAST_BFLOAT16 = CPU.get("amx_bf16", False) or (CPU.get("avx512_bf16", False) and "AMD" in CPU.get("cpu_name", ""))
 
 
 @dataclass
@@ -72,7 +75,7 @@ class Args:
 
     # environment
     env_id: str = "BreakoutNoFrameskip-v4"  # one of ale-py's *NoFrameskip-v4 games
-    num_envs: int = 4  # games played in parallel; the number of updates per step does not depend on it
+    num_envs: int = 4  # games side by side, the teacher's four times as many; updates per step do not depend on it
     repeat_action_probability: float = 0.0  # chance that a frame repeats the last action; 0.25 = sticky actions
 
     # DQN
@@ -110,7 +113,7 @@ class Args:
 
     # speed
     network: Literal["impala", "nature"] = "impala"  # the network that learns
-    amp: bool = AMX  # all layers but the last in bfloat16; the default on a CPU with AMX
+    amp: bool = FAST_BFLOAT16  # all layers but the last in bfloat16; the default on a CPU that is faster so
     capture: bool = True  # on a GPU, replay each gradient step as one CUDA graph, once it was seen to do the same
     compile: bool = False  # let torch.compile fuse the networks; needs a C++ compiler, and minutes at the start
 
@@ -124,9 +127,13 @@ class Args:
     evaluate: Path | None = None  # only play this saved model for eval_episodes games and print the scores
 
     @property
-    def warm_up(self) -> int:
-        """Environment steps before a replay can fill a batch of n-step transitions."""
-        return self.batch_size + (self.n_step + 1) * self.num_envs
+    def teacher_envs(self) -> int:
+        """Games of the teacher: the more the faster, since its policy never ages."""
+        return 4 * self.num_envs
+
+    def warm_up(self, num_envs: int) -> int:
+        """Environment steps before a replay of so many games can fill a batch of n-step transitions."""
+        return self.batch_size + (self.n_step + 1) * num_envs
 
 
 class UserError(Exception):
@@ -167,9 +174,11 @@ def validate(args: Args) -> None:
     for flag in ["gamma", "tau", "start_e", "end_e", "exploration_fraction", "repeat_action_probability"]:
         require(0 <= getattr(args, flag) <= 1, flag, "must lie between 0 and 1")
 
-    for flag in ["buffer_size"] + ["teacher_steps"] * (args.teacher != "none" and args.offline_steps > 0):
-        rule = f"too few for --batch-size {args.batch_size}, which needs {args.warm_up} or more"
-        require(getattr(args, flag) >= args.warm_up, flag, rule)
+    needed = {"buffer_size": args.warm_up(args.num_envs)}
+    if args.teacher != "none" and args.offline_steps > 0:
+        needed["teacher_steps"] = args.warm_up(args.teacher_envs)
+    for flag, least in needed.items():
+        require(getattr(args, flag) >= least, flag, f"too few for --batch-size {args.batch_size}: {least} or more")
     require(args.save_model or not args.upload_model, "upload_model", "there is nothing to upload without --save-model")
     for flag, package in {"capture_video": "moviepy", "track": "wandb"}.items():
         missing = getattr(args, flag) and importlib.util.find_spec(package) is None
@@ -749,8 +758,8 @@ def choose_device(args: Args) -> torch.device:
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32
         torch.backends.cudnn.deterministic = args.torch_deterministic
-    if AMX and args.amp:
-        print("--amp: this CPU has AMX, so the networks run in bfloat16; --no-amp for float32")
+    if FAST_BFLOAT16 and args.amp:
+        print("--amp: this CPU is faster in bfloat16, so the networks run in it; --no-amp for float32")
     return device
 
 
@@ -1206,11 +1215,11 @@ def train(args: Args, stop: Sequence[int] = ()) -> Path:
         teacher.to(device, memory_format=torch.channels_last)
         offline_steps = args.offline_steps
 
-    new_replay = partial(FrameReplay, num_envs=args.num_envs, num_actions=actions_count, device=device)
+    new_replay = partial(FrameReplay, num_actions=actions_count, device=device)
     with user_error("--buffer-size, --teacher-steps: too large for the memory"):
-        replay = new_replay(args.buffer_size)
+        replay = new_replay(args.buffer_size, args.num_envs)
         before_online = "teacher" in saved["replays"] if saved else offline_steps > 0
-        teacher_replay = new_replay(args.teacher_steps) if before_online else None
+        teacher_replay = new_replay(args.teacher_steps, args.teacher_envs) if before_online else None
     if teacher_replay:
         names = ["env_id", "repeat_action_probability", "num_envs", "teacher_steps", "start_e", "end_e"]
         made_with = {name: getattr(args, name) for name in names} | {"teacher": facts["teacher_sha256"]}
@@ -1279,9 +1288,9 @@ def train(args: Args, stop: Sequence[int] = ()) -> Path:
         if checkpoints.due(progress.steps, args.checkpoint_frequency):
             save(games)
 
-    def start_games(seed: int) -> AtariGames:
+    def start_games(num_envs: int, seed: int) -> AtariGames:
         """New games, or those of the checkpoint."""
-        games, state = AtariGames(args, args.num_envs, seed), saved.pop("games", None)
+        games, state = AtariGames(args, num_envs, seed), saved.pop("games", None)
         if state:
             with user_error(f"--resume {args.resume}: its games do not fit"):
                 games.load_state_dict(state)
@@ -1289,7 +1298,7 @@ def train(args: Args, stop: Sequence[int] = ()) -> Path:
 
     # Phase 1: the teacher fills its buffer.
     if teacher_replay and progress.teacher_steps < args.teacher_steps:
-        games = start_games(args.seed + 10_000)
+        games = start_games(args.teacher_envs, args.seed + 10_000)
         with tqdm(total=args.teacher_steps, initial=progress.teacher_steps, desc="teacher buffer", unit="step") as bar:
             while progress.teacher_steps < args.teacher_steps:
                 safe_point(games)
@@ -1299,8 +1308,8 @@ def train(args: Args, stop: Sequence[int] = ()) -> Path:
                 games.step_async(actions)
                 *outcome, ended = games.step_wait()
                 teacher_replay.add(obs, actions, *outcome, q_values)
-                progress.teacher_steps += args.num_envs
-                bar.update(args.num_envs)
+                progress.teacher_steps += args.teacher_envs
+                bar.update(args.teacher_envs)
                 for _, game_return, _ in ended:
                     bar.set_postfix_str(f"return={game_return:.1f}, λ=1.00", refresh=False)
         if args.teacher_buffer:
@@ -1333,12 +1342,12 @@ def train(args: Args, stop: Sequence[int] = ()) -> Path:
         teacher_replay, progress.evaluated = None, -1
 
     # Phase 3: the student plays on by itself, and the teacher fades.
-    learning_starts = max(args.learning_starts, args.warm_up)
+    learning_starts = max(args.learning_starts, args.warm_up(args.num_envs))
     exploration_steps = args.exploration_fraction * args.total_timesteps
     coefficient = 0.0
     learner.metrics.clear()
     gradient_step = learner.step_on(replay)
-    games, film_next = start_games(args.seed), 0
+    games, film_next = start_games(args.num_envs, args.seed), 0
     with tqdm(total=args.total_timesteps, initial=progress.online_steps, desc="online", unit="step") as bar:
         while True:
             begin, global_step = progress.online_steps, offline_steps + progress.online_steps

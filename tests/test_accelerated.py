@@ -24,7 +24,9 @@ def filled_replay(device: str = "cpu", steps: int = 200) -> FrameReplay:
 
 
 def learner(device: str = "cpu", **flags) -> Learner:
-    args = Args(**dict(network="nature", batch_size=8, learning_rate=1e-3, amp=False, seed=3) | flags)
+    args = Args(
+        **dict(network="nature", batch_size=8, learning_rate=1e-3, amp=False, seed=3, n_step=1, temperature=1.0) | flags
+    )
     made = Learner(args, 4, torch.device(device))
     made.distill_weight.fill_(0.5)
     return made
@@ -144,10 +146,18 @@ def test_a_graph_that_does_something_else_is_not_used(replay, fake_cuda, capfd, 
     assert capfd.readouterr().out.count("--capture: ") == 1
 
 
-@pytest.mark.parametrize("capability, expected", [("amx_bf16", True), ("avx512_bf16", False)])
-def test_bfloat16_is_the_default_where_amx_is(monkeypatch, capfd, capability, expected):
+@pytest.mark.parametrize(
+    "capability, name, expected",
+    [
+        ("amx_bf16", "Intel", True),
+        ("avx512_bf16", "Intel", False),
+        ("avx512_bf16", "AMD EPYC", True),
+        ("avx2", "AMD", False),
+    ],
+)
+def test_bfloat16_is_the_default_where_it_is_faster(monkeypatch, capfd, capability, name, expected):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {capability: True})
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {capability: True, "cpu_name": name})
     fresh = runpy.run_path(qdagger.__file__)
     for flags, settled in ((["--no-cuda"], expected), (["--amp"], True), (["--no-amp"], False)):
         args = tyro.cli(fresh["Args"], args=flags)
@@ -167,7 +177,8 @@ def test_bfloat16_learns_the_same_but_for_rounding(replay):
 
 def test_both_buffers_of_a_default_run_fit_in_12_gb():
     args = Args()
-    replays = [FrameReplay(capacity, args.num_envs, 18, "meta") for capacity in (args.buffer_size, args.teacher_steps)]
+    sizes = {args.buffer_size: args.num_envs, args.teacher_steps: args.teacher_envs}
+    replays = [FrameReplay(capacity, num_envs, 18, "meta") for capacity, num_envs in sizes.items()]
     assert 10e9 < sum(value.nbytes for replay in replays for value in replay.state_dict().values()) < 12e9
 
 

@@ -29,7 +29,7 @@ def test_the_table_has_every_flag_and_no_other():
 def test_the_table_has_the_default(field):
     shown, default = FLAGS[flag(field.name)], field.default
     if field.name == "amp":
-        assert shown == "off" and default == program.AMX
+        assert shown == "off" and default == program.FAST_BFLOAT16
     elif isinstance(default, bool):
         assert shown == ("on" if default else "off")
     elif default in (None, ""):

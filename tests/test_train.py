@@ -58,7 +58,7 @@ def run(make_model, tmp_path_factory):
 
     Evaluations play no games but return 2, unless `evaluate` is another function.
     """
-    phases = dict(teacher_steps=120, offline_steps=20, total_timesteps=240, learning_starts=100)
+    phases = dict(teacher_steps=144, offline_steps=20, total_timesteps=240, learning_starts=100)
     sizes = dict(network="nature", batch_size=4, buffer_size=240, target_network_frequency=24)
     games = dict(teacher_eval_episodes=1, eval_episodes=1, eval_frequency=0, save_model=True, cuda=False)
     defaults = dict(teacher=str(make_model(4, action=ACTION))) | phases | sizes | games
@@ -159,13 +159,13 @@ def test_lambda_is_1_until_ten_games_are_over(three_phases):
 
 
 def test_the_loss_is_the_sum_of_its_parts(three_phases):
-    """distill_coef is 1; lambda is 1 offline, and the logged coefficient online."""
+    """distill_coef is 3; lambda is 1 offline, and the logged coefficient online."""
     parts = (three_phases.scalars(f"charts/offline/{name}") for name in ("loss", "q_loss", "distill_loss"))
     for loss, td_loss, distill_loss in zip(*(part.values() for part in parts), strict=True):
-        assert loss == pytest.approx(td_loss + distill_loss, rel=1e-5)
+        assert loss == pytest.approx(td_loss + 3 * distill_loss, rel=1e-5)
         assert distill_loss > 0
     for step, loss in three_phases.scalars("losses/loss").items():
-        weight = three_phases.scalars("charts/distill_coeff")[step]
+        weight = 3 * three_phases.scalars("charts/distill_coeff")[step]
         distill_loss = three_phases.scalars("losses/distill_loss")[step]
         assert loss == pytest.approx(three_phases.scalars("losses/td_loss")[step] + weight * distill_loss, rel=1e-5)
 
@@ -264,7 +264,8 @@ def test_updates_do_not_depend_on_the_number_of_environments(run, num_envs):
 def test_offline_updates_do_not_depend_on_it_either(run, num_envs):
     """50 on the whole teacher buffer, the target renewed after every 24th and at the end; then the online ones."""
     seen = run(num_envs=num_envs, offline_steps=50)
-    assert seen.stored[:50] == [120] * 50
+    played = math.ceil(144 / (4 * num_envs)) * 4 * num_envs
+    assert seen.stored[:50] == [played] * 50
     assert len(seen.replays) == 2 and len(seen.in_sync) == 50 + 35
     in_sync = [step for step, in_sync in enumerate(seen.in_sync, 1) if in_sync]
     assert in_sync == [1, 25, 49, 51, *(50 + step for step in (6, 12, 18, 24, 30))]
@@ -316,7 +317,7 @@ def test_offline_alone_imitates_the_teacher(run):
 
 def test_kickstarting_alone_has_no_teacher_buffer(run, capfd):
     """offline_steps 0: the teacher does not play for a buffer, but its Q-values are learned from online."""
-    seen = run(offline_steps=0, teacher_steps=0)
+    seen = run(offline_steps=0, teacher_steps=0, temperature=1.0)
     assert "teacher buffer" not in capfd.readouterr().err
     assert len(seen.replays) == 1 and len(seen.in_sync) == 35
     assert not seen.tags & OFFLINE_TAGS and seen.tags >= TEACHER_TAGS
@@ -331,7 +332,7 @@ def test_kickstarting_alone_has_no_teacher_buffer(run, capfd):
 
 def test_lambda_is_cut_off_at_distill_steps(run):
     """120 online steps are taught, the offline ones do not count; afterwards the loss is its TD part alone."""
-    seen = run(distill_steps=120, learning_starts=20, total_timesteps=400, buffer_size=400, distill_coef=3.0)
+    seen = run(distill_steps=120, learning_starts=20, total_timesteps=400, buffer_size=400, temperature=1.0)
     assert seen.scalars("charts/distill_coeff") == {120: 1, 220: 0, 320: 0, 420: 0}
     loss, td_loss, distill_loss = (seen.scalars(f"losses/{name}") for name in ("loss", "td_loss", "distill_loss"))
     assert loss[120] == pytest.approx(td_loss[120] + 3 * distill_loss[120], rel=1e-5) and distill_loss[120] > 0.02
