@@ -216,6 +216,7 @@ class AtariGame:
     def __init__(self, env_id: str, seed: int, repeat_action_probability: float = 0.0):
         gym.register_envs(ale_py)
         ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)
+        cv2.setNumThreads(1)  # a frame is too small to share among threads
         rom = gym.spec(env_id).kwargs["game"]
         raw = dict(zip(("img_height", "img_width"), screen_size(rom)), grayscale=False, stack_num=1)
         raw |= {"use_fire_reset": False, "reward_clipping": False}

@@ -26,7 +26,14 @@ KINDS = {  # colours that the colour-blind tell apart (Okabe and Ito); line and 
     "offline": ("offline phase only", "#CC79A7", "D", ":"),
     "teacher": ("Nature DQN", "#000000", "x", ":"),
     "known": ("widely used implementation", "#E69F00", "v", "--"),
-    "fast": ("QDagger student in bfloat16", "#56B4E9", "P", "-."),
+    # results/ablation.sh
+    "coef1_n1": ("distill_coef 1, temperature 1, n_step 1", "#999999", "x", ":"),
+    "coef1_n3": ("distill_coef 1, temperature 1, n_step 3", "#999999", "+", "--"),
+    "coef32_n1": ("distill_coef 32, temperature 1, n_step 1", "#E69F00", "v", ":"),
+    "coef32_n3": ("distill_coef 32, temperature 1, n_step 3", "#D55E00", "^", "--"),
+    "coef3sharp_n1": ("distill_coef 3, temperature 0.1, n_step 1", "#56B4E9", "s", ":"),
+    "coef3sharp_n3": ("distill_coef 3, temperature 0.1, n_step 3", "#0072B2", "o", "-"),
+    "coef3sharp_n3_float32": ("the same in float32", "#000000", "D", "-."),
 }
 RANDOM_AND_HUMAN = {"Breakout": (1.7, 30.5), "Pong": (-20.7, 14.6), "BeamRider": (363.9, 16926.5)}  # Mnih et al., 2015
 PUBLISHED = {  # after ten million steps: the widely used file in torch and JAX, and plain DQN of the same authors

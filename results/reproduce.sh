@@ -5,7 +5,7 @@ usage='usage: results/reproduce.sh [--minutes N] [--out DIR] [--only STAGE ...] 
   check     the tests of what runs on a GPU (needs pytest)
   speed     steps per second and milliseconds per update, by variant
   teachers  Nature DQN, 10M steps
-  students  the default run, from those teachers, or from the bundled one where there is none
+  students  the default run, from those teachers, or from the bundled one where it is the better
   controls  DQN from scratch with the student'"'"'s network; offline only
 
   --minutes N         stop before N minutes are over; a run in progress writes a checkpoint (default: no limit)
@@ -144,10 +144,18 @@ teachers() {
     grid teachers "${runs[@]}"
 }
 
+# better ENV: whether the teacher that was trained here plays better than the bundled one says on its card.
+better() {
+    local trained card
+    trained=$(awk -F, -v run="teacher-$1-1" '$1 == run && $2 == "score/mean" { print $4 }' "$out/teachers.csv")
+    card=$(sed -n 's/^| score | \(-\?[0-9.]*\) .*/\1/p' "$root/teachers/$1.md" 2>/dev/null || true)
+    awk -v trained="$trained" -v card="${card:--1e9}" 'BEGIN { exit !(trained + 0 > card + 0) }'
+}
+
 # teacher_of ENV: the network that teaches there.
 teacher_of() {
     local name=teacher-$1-1.cleanrl_model
-    if finished teachers "teacher-$1-1" && "$python" -m zipfile -e "$out/weights.zip" "$work/weights" &&
+    if finished teachers "teacher-$1-1" && better "$1" && "$python" -m zipfile -e "$out/weights.zip" "$work/weights" &&
         [ -e "$work/weights/$name" ]; then
         echo "$work/weights/$name"
     elif [ -e "$root/teachers/$1.cleanrl_model" ]; then

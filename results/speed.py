@@ -105,7 +105,7 @@ def machine() -> dict[str, str | None]:
     facts = {"cpu": f"{os.cpu_count()} cores of {names[0] if names else platform.processor() or platform.machine()}"}
     facts["gpu"] = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     facts["python"] = platform.python_version()
-    return facts | {package: version(package) for package in ("torch", "gymnasium", "ale-py", "stable-baselines3")}
+    return facts | {package: version(package) for package in ("torch", "gymnasium", "ale-py")}
 
 
 def main() -> None:
