@@ -22,6 +22,12 @@ while [ $# -gt 0 ]; do
     case $option in
         -h | --help) echo "$usage" && exit ;;
         --) break ;;
+    esac
+    if [ $# = 0 ]; then
+        echo "error: $option: a value is missing, or there is no such option; see --help" >&2
+        exit 2
+    fi
+    case $option in
         --out) out=$1 && shift ;;
         --workers) workers=(--workers "$1") && shift ;;
         --seeds) while [ $# -gt 0 ] && [[ $1 != -* ]]; do seeds+=("$1") && shift; done ;;

@@ -131,8 +131,10 @@ def curves(rows: pd.DataFrame, path: Path) -> None:
         by_step.xaxis.set_major_formatter(lambda x, _: f"{x / 1e6:g}M" if abs(x) >= 1e6 else f"{x / 1e3:g}k")
     panels[-1][0].set_xlabel("online steps")
     panels[-1][1].set_xlabel("minutes, everything included")
-    panels[0][1].legend(*panels[0][0].get_legend_handles_labels(), frameon=False, loc="best", fontsize=9)
-    figure.tight_layout()
+    handles = panels[0][0].get_legend_handles_labels()
+    rows_of_legend = -(-len(handles[0]) // 3)
+    figure.legend(*handles, frameon=False, loc="lower center", ncols=3, fontsize=9)
+    figure.tight_layout(rect=(0, 0.22 * rows_of_legend / figure.get_figheight(), 1, 1))
     figure.savefig(path, dpi=150)
     plt.close(figure)
 

@@ -108,6 +108,8 @@ def test_a_failed_run_is_named_with_its_log(tmp_path):
         ("results/reproduce.sh", ["--only", "learning"], "--only learning: no such stage"),
         ("results/reproduce.sh", ["--minutes", "x"], "x: not a number"),
         ("results/reproduce.sh", ["--out"], "--out: a value is missing"),
+        ("results/ablation.sh", ["--out"], "--out: a value is missing"),
+        ("results/ablation.sh", ["--seed", "1"], "--seed: no such option"),
     ],
 )
 def test_wrong_options_get_one_line(script, options, words, tmp_path):
