@@ -832,25 +832,29 @@ def evaluate(
     Games and generator are its own: an evaluation changes nothing in the training around it. Up to ten games run side
     by side; how many each environment plays is fixed beforehand, so that short games are not preferred.
     """
-    num_envs = min(episodes, 10)
-    quotas = [len(range(env, episodes, num_envs)) for env in range(num_envs)]
-    returns: list[list[float]] = [[] for _ in range(num_envs)]
+    games = AtariGames(args, min(episodes, 10), args.seed + 20_000).games
+    left = {game: len(range(env, episodes, len(games))) for env, game in enumerate(games)}
     epsilon = args.end_e if epsilon is None else epsilon
-    generator = torch.Generator(device).manual_seed(args.seed)
-    games = AtariGames(args, num_envs, args.seed + 20_000)
+    generator, returns = torch.Generator(device).manual_seed(args.seed), []
     if video:
-        games.games[0].film(video)
+        games[0].film(video)
     with tqdm(total=episodes, desc="evaluation", unit="game", leave=False) as bar:
-        while bar.n < episodes:
+        while left:
             if stop:
                 raise Stopped(stop[0])
-            actions, _ = act(network, torch.as_tensor(games.obs, device=device), epsilon, generator)
-            games.step_async(actions)
-            for env, game_return, _ in games.step_wait().games:
-                if len(returns[env]) < quotas[env]:
-                    returns[env].append(game_return)
+            obs = torch.as_tensor(np.stack([game.obs for game in left]), device=device)
+            actions, _ = act(network, obs, epsilon, generator)
+            for game, action in zip(left, actions.tolist()):
+                game.send(action)
+            for game in [*left]:
+                game.recv()
+                if game.ended:
+                    returns.append(game.ended[0])
                     bar.update()
-    return [game_return for of_env in returns for game_return in of_env]
+                    left[game] -= 1
+                    if left[game] == 0:
+                        del left[game]
+    return returns
 
 
 def play(args: Args) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from stable_baselines3.common.atari_wrappers import AtariWrapper, NoopResetEnv
 
-from qdagger_dqn_atari_impalacnn import STACK, Args, AtariGame, AtariGames, AtariVectorEnv, FrameReplay
+from qdagger_dqn_atari_impalacnn import STACK, Args, AtariGame, AtariGames, AtariVectorEnv, FrameReplay, evaluate
 
 BREAKOUT, PONG, SPACE_INVADERS = "BreakoutNoFrameskip-v4", "PongNoFrameskip-v4", "SpaceInvadersNoFrameskip-v4"
 SHORT_FRAMES = 400
@@ -315,3 +315,24 @@ def test_a_truncated_game_is_stored_with_its_last_image(short_games):
                 assert SHORT_FRAMES <= step.game[1] < SHORT_FRAMES + 30
                 assert len({frame.tobytes() for frame in step.next_obs}) > 1, "the images of a reset are all alike"
                 assert not np.array_equal(step.next_obs[-1], following.obs[-1])
+
+
+def test_an_evaluation_plays_as_many_games_of_each_environment_as_was_said_before():
+    """Twelve games of ten environments, two of the first and second each, however long they take; the same twice."""
+
+    def always_left(obs: torch.Tensor) -> torch.Tensor:
+        return torch.tensor([0.0, 0.0, 0.0, 1.0]).repeat(len(obs), 1)
+
+    scores, again = (evaluate(always_left, Args(seed=1), 12, "cpu", epsilon=0.3) for _ in range(2))
+    assert len(scores) == 12 and scores == again
+    expected = []
+    for env in range(10):
+        game, left = AtariGame(BREAKOUT, 20_001 + env), 2 if env < 2 else 1
+        while left:
+            game.send(3)
+            game.recv()
+            if game.ended:
+                expected.append(game.ended[0])
+                left -= 1
+    assert sorted(evaluate(always_left, Args(seed=1), 12, "cpu", epsilon=0.0)) == sorted(expected)
+    assert len(set(expected)) > 1 or len(set(scores)) > 1
