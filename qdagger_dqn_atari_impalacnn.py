@@ -31,7 +31,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields
 from functools import cache, partial
 from pathlib import Path
@@ -273,9 +273,7 @@ class AtariGame:
         return cv2.resize(grey, (84, 84), interpolation=cv2.INTER_AREA)
 
     def new_game(self, **seed) -> None:
-        if self.video:
-            self.video.close()
-            self.video = None
+        self.close()
         if len(self.actions) >= self.RESEEDED:
             self.seed, self.actions = random.Random(self.seed).getrandbits(31), []
             seed = {"seed": np.array([self.seed])}
@@ -298,6 +296,13 @@ class AtariGame:
 
         path.parent.mkdir(exist_ok=True)
         self.video = FFMPEG_VideoWriter(str(path), self.emulator.single_observation_space.shape[-2:-4:-1], fps=15)
+
+    def close(self) -> None:
+        """End the video, if one is being written."""
+        if self.video:
+            with suppress(OSError):
+                self.video.close()
+            self.video = None
 
 
 class Step(NamedTuple):
@@ -330,6 +335,10 @@ class AtariGames:
         rewards, *ends, last_obs = zip(*(game.recv() for game in self.games))
         ended = [(env, *game.ended) for env, game in enumerate(self.games) if game.ended]
         return Step(np.sign(rewards, dtype=np.float32), *map(np.array, ends), np.stack(last_obs), ended)
+
+    def close(self) -> None:
+        for game in self.games:
+            game.close()
 
     def state_dict(self) -> list[tuple[int, torch.Tensor]]:
         return [(game.seed, torch.tensor(game.actions, dtype=torch.uint8)) for game in self.games]
@@ -832,13 +841,14 @@ def evaluate(
     Games and generator are its own: an evaluation changes nothing in the training around it. Up to ten games run side
     by side; how many each environment plays is fixed beforehand, so that short games are not preferred.
     """
-    games = AtariGames(args, min(episodes, 10), args.seed + 20_000).games
-    left = {game: len(range(env, episodes, len(games))) for env, game in enumerate(games)}
+    num_envs = min(episodes, 10)
+    games = AtariGames(args, num_envs, args.seed + 20_000)
+    left = {game: len(range(env, episodes, num_envs)) for env, game in enumerate(games.games)}
     epsilon = args.end_e if epsilon is None else epsilon
     generator, returns = torch.Generator(device).manual_seed(args.seed), []
     if video:
-        games[0].film(video)
-    with tqdm(total=episodes, desc="evaluation", unit="game", leave=False) as bar:
+        games.games[0].film(video)
+    with closing(games), tqdm(total=episodes, desc="evaluation", unit="game", leave=False) as bar:
         while left:
             if stop:
                 raise Stopped(stop[0])
@@ -1353,7 +1363,8 @@ def train(args: Args, stop: Sequence[int] = ()) -> Path:
     learner.metrics.clear()
     gradient_step = learner.step_on(replay)
     games, film_next = start_games(args.num_envs, args.seed), 0
-    with tqdm(total=args.total_timesteps, initial=progress.online_steps, desc="online", unit="step") as bar:
+    bar = tqdm(total=args.total_timesteps, initial=progress.online_steps, desc="online", unit="step")
+    with closing(games), bar:
         while True:
             begin, global_step = progress.online_steps, offline_steps + progress.online_steps
             at_end = begin >= args.total_timesteps

@@ -197,6 +197,20 @@ def test_a_run_leaves_what_was_asked_for_and_nothing_else(three_phases):
     assert [path.name for path in three_phases.directory.parent.parent.iterdir()] == ["runs"]
 
 
+def test_videos_of_a_training_and_its_last_evaluation(run):
+    """From the first game that begins in the first environment on, at ever longer intervals; playable to their end."""
+    cv2 = pytest.importorskip("cv2")
+    pytest.importorskip("moviepy")
+    seen = run(
+        qdagger.evaluate, capture_video=True, total_timesteps=2400, learning_starts=2000, teacher="none", end_e=0.5
+    )
+    videos = {path.name: cv2.VideoCapture(str(path)) for path in (seen.directory / "videos").iterdir()}
+    assert "evaluation.mp4" in videos and 2 <= len(videos) <= 8
+    for name, video in videos.items():
+        assert video.get(cv2.CAP_PROP_FRAME_WIDTH) == 160 and video.get(cv2.CAP_PROP_FRAME_HEIGHT) == 210, name
+        assert video.get(cv2.CAP_PROP_FRAME_COUNT) > 20 and video.read()[1].max() > 0, name
+
+
 # --- The same weights twice ---
 
 AUTHORS = dict(n_step=3, huber=True, temperature=0.1, distill_coef=3.0, adam_eps=1.5e-4, repeat_action_probability=0.25)
