@@ -350,7 +350,8 @@ class AtariGames:
             if type(seed) is not int or not 0 <= seed < 2**31 or (actions >= game.num_actions).any():
                 raise ValueError("not the seed and the actions of a game")
         with ThreadPoolExecutor() as pool:
-            list(pool.map(lambda game, saved: game.restore(saved[0], saved[1].tolist()), self.games, state))
+            restored = pool.map(lambda game, saved: game.restore(saved[0], saved[1].tolist()), self.games, state)
+            list(tqdm(restored, "games, up to where they were", len(self.games), leave=False, unit="game"))
 
 
 # --- Networks ---
