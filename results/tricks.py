@@ -1,5 +1,7 @@
 """What each trick alone gives: milliseconds per update, and per vector step with its update, with all of them but one.
 
+A second table has the steps per second of the teacher's buffer, each row in a process of its own.
+
     python results/tricks.py --out results/speed/NAME_tricks.json
 
 Rows take turns, so that a machine that slows down slows all of them; the numbers are medians. A trick is undone from
@@ -7,8 +9,10 @@ outside: the program has no switches for what nobody would turn off.
 """
 
 import json
+import os
 import shutil
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -34,6 +38,8 @@ class Args:
     updates: int = 10  # of each row in each turn
     turns: int = 6
     steps: int = 50  # vector steps of each row in each turn
+    buffer_games: int = 0  # instead of all that, fill a teacher's buffer from so many games and print steps per second
+    buffer_steps: int = 12_000  # of it
     out: Path | None = None  # write the table and every single number here, as JSON
 
 
@@ -151,9 +157,55 @@ class Row:
         self.replay.add(obs, actions, *outcome)
 
 
+def buffer_rate(args: Args) -> float:
+    """Steps per second of the teacher's buffer, as phase 1 fills it, after a first tenth that warms up."""
+    of_program = qdagger.Args(env_id=args.env_id)
+    device = qdagger.choose_device(of_program)
+    games = qdagger.AtariGames(of_program, args.buffer_games, seed=1)
+    actions = games.games[0].num_actions
+    path = Path(qdagger.__file__).parent / "teachers" / f"{args.env_id}.cleanrl_model"
+    teacher = qdagger.load_model(path, actions, "--teacher").to(device, memory_format=torch.channels_last)
+    replay = qdagger.FrameReplay(args.buffer_steps, args.buffer_games, actions, device)
+    generator = torch.Generator(device).manual_seed(1)
+    steps, start = 0, 0.0
+    while steps < args.buffer_steps:
+        if start == 0.0 and steps >= args.buffer_steps / 10:
+            first, start = steps, time.perf_counter()
+        obs = games.obs
+        chosen, q_values = qdagger.act(teacher, torch.as_tensor(obs, device=device), 0.5, generator)
+        games.step_async(chosen)
+        *outcome, _ = games.step_wait()
+        replay.add(obs, chosen, *outcome, q_values)
+        steps += args.buffer_games
+    return (steps - first) / (time.perf_counter() - start)
+
+
+BUFFER = {  # games, and the environment variables of the process
+    "everything": (16, {}),
+    "as many games as the student has": (4, {}),
+    "torch's threads wait as they do by default": (16, {"GOMP_SPINCOUNT": "300000"}),
+}
+
+
+def buffer_rates(args: Args) -> dict[str, list[float]]:
+    """For each row of BUFFER what three processes measure, in turns."""
+    rates: dict[str, list[float]] = {name: [] for name in BUFFER}
+    for _ in range(3):
+        for name, (games, variables) in BUFFER.items():
+            options = [f"--env-id={args.env_id}", f"--buffer-games={games}", f"--buffer-steps={args.buffer_steps}"]
+            command = [sys.executable, __file__, *options]
+            result = subprocess.run(command, env=os.environ | variables, check=True, stdout=subprocess.PIPE, text=True)
+            rates[name].append(float(result.stdout.split()[-1]))
+    return rates
+
+
 def main() -> None:
     args = tyro.cli(Args, description=__doc__)
     torch.set_flush_denormal(True)
+    if args.buffer_games:
+        print(f"{buffer_rate(args):.0f}")
+        return
+    rates = buffer_rates(args)
     table = {name: Row(args, *how) for name, how in rows(torch.cuda.is_available()).items()}
     updates: dict[str, list[float]] = {name: [] for name in table}
     steps: dict[str, list[float]] = {name: [] for name in table}
@@ -172,11 +224,13 @@ def main() -> None:
     for name in table:
         medians = [1000 * statistics.median(times[name]) for times in (updates, steps)]
         lines.append(f"| {name} | {medians[0]:.1f} | {medians[1]:.1f} |")
+    lines += ["", "| | teacher buffer, steps/s |", "|---|---|"]
+    lines += [f"| {name} | {statistics.median(of_name):.0f} |" for name, of_name in rates.items()]
     print("\n".join(lines))
     if args.out:
         times = {name: {"update": updates[name], "step": steps[name]} for name in table}
         rounded = {name: {key: np.round(value, 6).tolist() for key, value in of.items()} for name, of in times.items()}
-        content = {"machine": machine(), "table": "\n".join(lines), "seconds": rounded}
+        content = {"machine": machine(), "table": "\n".join(lines), "seconds": rounded, "buffer": rates}
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps(content))
 
