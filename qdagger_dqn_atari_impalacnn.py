@@ -983,7 +983,7 @@ class Checkpoints:
             return time.monotonic() - self.time > 600
         return frequency > 0 and steps - self.steps >= frequency
 
-    def save(self, content: dict, replays: dict[str, FrameReplay], steps: int) -> None:
+    def save(self, content: dict, replays: dict[str, FrameReplay], steps: int) -> bool:
         """Write `content`, plain values and tensors, and the replays; if that fails, a line, and the last one stays."""
         self.time, self.steps, self.count = time.monotonic(), steps, self.count + 1
         with suppress(OSError):
@@ -999,16 +999,18 @@ class Checkpoints:
             if since != written:
                 path = self.directory / f"{self.count:06d}-{name}.frames"
                 if not write(replay.pack_frames(since), path):
-                    return
+                    return False
                 files = [*files, (path.name, written)]
             content["frames"][name] = files
             content["replays"][name] = {key: value for key, value in replay.state_dict().items() if key != "frames"}
         path = self.directory / f"{self.count:06d}.checkpoint"
-        if write(content, path):
-            self.keep(path, content["frames"])
-            for each in self.directory.iterdir():
-                if not any(each.name in files for files in self.kept):
-                    each.unlink()
+        if not write(content, path):
+            return False
+        self.keep(path, content["frames"])
+        for each in self.directory.iterdir():
+            if not any(each.name in files for files in self.kept):
+                each.unlink()
+        return True
 
     def keep(self, path: Path, frames: dict[str, list]) -> None:
         """From now on `path`, with these frames, is the newest, and the one before it the oldest."""
@@ -1268,8 +1270,12 @@ def train(args: Args, stop: Sequence[int] = ()) -> Path:
             raise Stopped(*stopped.args, run_dir) from None
         progress.evaluated, progress.scores = step, returns
         log.add_scalar(tag, progress.score, step)
-        if args.save_model:
-            write(learner.q_network.state_dict(), run_dir / f"{args.exp_name}.cleanrl_model")
+        save_model()
+
+    def save_model() -> bool:
+        """Whether it is on disk, if it should be."""
+        model = run_dir / f"{args.exp_name}.cleanrl_model"
+        return not args.save_model or write(learner.q_network.state_dict(), model)
 
     def read_metrics() -> dict[str, float]:
         """The last gradient step's; a UserError if the loss is no number any more."""
@@ -1279,8 +1285,8 @@ def train(args: Args, stop: Sequence[int] = ()) -> Path:
             raise UserError(f"the loss is {values['loss']} after {after}; {run_dir} keeps its last checkpoint")
         return values
 
-    def save(games: AtariGames | None = None) -> None:
-        """A checkpoint, unless the last update went wrong."""
+    def save(games: AtariGames | None = None) -> bool:
+        """A checkpoint, unless the last update went wrong; whether it is on disk."""
         read_metrics()
         log.flush()
         content = {
@@ -1294,7 +1300,7 @@ def train(args: Args, stop: Sequence[int] = ()) -> Path:
             "events": {path.name: path.stat().st_size for path in run_dir.glob("events.*")},
         }
         replays = {"teacher": teacher_replay} if teacher_replay else {"student": replay}
-        checkpoints.save(content, replays, progress.steps)
+        return checkpoints.save(content, replays, progress.steps)
 
     def safe_point(games: AtariGames | None = None) -> None:
         """Between two steps: a checkpoint if it is time for one, and the end if a signal asked for it."""
@@ -1377,7 +1383,7 @@ def train(args: Args, stop: Sequence[int] = ()) -> Path:
                     "eval/episodic_return", global_step, run_dir / "videos" / "evaluation.mp4" if film else None
                 )
             if at_end:
-                save(games)
+                complete = save_model() and save(games)
                 break
             safe_point(games)
 
@@ -1428,6 +1434,8 @@ def train(args: Args, stop: Sequence[int] = ()) -> Path:
 
     log.close()
     print(f"{run_dir}: {progress.score:.2f} ± {np.std(progress.scores):.2f} over {len(progress.scores)} games")
+    if not complete:
+        raise UserError(f"the end of {run_dir} is not on disk, see above: make room, then --resume {run_dir}")
     if upload_repo:
         upload_model(args, upload_repo, run_dir, progress.scores)
     return run_dir

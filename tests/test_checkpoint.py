@@ -243,7 +243,7 @@ def test_a_checkpoint_never_runs_code(copied, tmp_path):
 
 
 def test_a_disk_that_takes_no_checkpoint_does_not_stop_training(go, whole, monkeypatch, capfd):
-    """The last good one stays, nothing half-written lies about, and the weights are those of any other run."""
+    """The last good one stays, nothing half-written lies about, the weights are right; the end says what is missing."""
     save, calls = torch.save, []
 
     class FullDisk(io.BytesIO):
@@ -252,14 +252,16 @@ def test_a_disk_that_takes_no_checkpoint_does_not_stop_training(go, whole, monke
 
     def full(content, file):
         if file.name.endswith((".checkpoint.part", ".frames.part")):
-            calls.append(file.name)
+            calls.append(Path(file.name).absolute())
             if len(calls) > 4:
                 file.write(b"as far as it went")
                 file = FullDisk()
         return save(content, file)
 
     monkeypatch.setattr(torch, "save", full)
-    run = go(checkpoint_frequency=16)
+    with pytest.raises(UserError, match="is not on disk, see above: make room, then --resume"):
+        go(checkpoint_frequency=16)
+    run = calls[0].parent.parent
     assert len(calls) > 8 and "No space left on device" in capfd.readouterr().out
     assert not list(run.rglob("*.part"))
     expected = weights(whole(2))
@@ -267,6 +269,25 @@ def test_a_disk_that_takes_no_checkpoint_does_not_stop_training(go, whole, monke
     monkeypatch.undo()
     assert go(args=args_of(run)) == run
     assert all(torch.equal(expected[name], value) for name, value in weights(run).items())
+
+
+def test_a_model_that_cannot_be_written_is_written_when_the_run_is_resumed(go, whole, monkeypatch):
+    save, models = torch.save, []
+
+    def full(content, file):
+        if file.name.endswith(".cleanrl_model.part"):
+            models.append(Path(file.name).absolute())
+            raise OSError(28, "No space left on device")
+        return save(content, file)
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(UserError, match="is not on disk"):
+        go()
+    monkeypatch.undo()
+    run = models[0].parent
+    assert not list(run.glob("*.cleanrl_model")) and go(args=args_of(run)) == run
+    assert all(torch.equal(*pair) for pair in zip(weights(whole(2)).values(), weights(run).values()))
+    assert points(run) == points(whole(2))
 
 
 def test_a_disk_that_takes_no_points_does_not_stop_training(go, whole, monkeypatch, capfd):
