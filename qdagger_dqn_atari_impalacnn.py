@@ -37,7 +37,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-os.environ["GOMP_SPINCOUNT"] = os.environ.get("GOMP_SPINCOUNT", "10000")  # threads of torch that wait let games play
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # threads of torch that have to wait let games play sooner
 
 import ale_py
 import cv2
@@ -835,7 +835,7 @@ class Captured:
 def evaluate(
     network: Callable, args: Args, episodes: int, device, epsilon=None, video: Path | None = None, stop=()
 ) -> list[float]:
-    """Raw returns of `episodes` whole games at epsilon, by default end_e; the first is filmed if `video` is a path.
+    """Raw returns of `episodes` whole games at epsilon, by default end_e; one is filmed if `video` is a path.
 
     Stopped is raised as soon as there is a signal in `stop`.
 
@@ -879,7 +879,7 @@ def play(args: Args) -> None:
     print(*(f"game {game}: {game_return:g}" for game, game_return in enumerate(returns, 1)), sep="\n")
     print(f"{np.mean(returns):.2f} ± {np.std(returns):.2f} over {len(returns)} games of {args.env_id}")
     if video:
-        print(f"video of game 1: {video}")
+        print(f"video of one of them: {video}")
 
 
 # --- Checkpoints ---
