@@ -5,7 +5,7 @@
 
 Every CSV of the directory with the columns run, tag, step, value, seconds is read; a run is called KIND-GAME-SEED.
 Curves are evaluations of `eval_episodes` games, or, of a run that has none online, means of ten training games in turn;
-scores are those of the final network. Intervals are 95%: of the mean over
+thin lines are single seeds. Scores are those of the final network. Intervals are 95%: of the mean over
 seeds in curves (Student's t), and of interquartile means by a bootstrap stratified by game (Agarwal et al., 2021).
 """
 
@@ -117,6 +117,8 @@ def curves(rows: pd.DataFrame, path: Path) -> None:
                     axes.axhline(mean.iloc[0], label=label, color=color, linestyle=line)
                     continue
                 axes.plot(position, mean, label=label, **style)
+                for seed in table["value"]:
+                    axes.plot(position, table["value"][seed], color=color, linewidth=0.6, alpha=0.6)
                 axes.fill_between(position, mean - half, mean + half, color=color, alpha=0.2, linewidth=0)
         teacher, (chance, _) = teacher_return(rows, game), RANDOM_AND_HUMAN.get(game, (np.nan, np.nan))
         for axes in (by_step, by_time):
@@ -127,6 +129,9 @@ def curves(rows: pd.DataFrame, path: Path) -> None:
         if of_game.step.max() >= 5e6:
             for marker, value in PUBLISHED.get(game, {}).items():
                 by_step.plot(1e7, value, marker, color="grey", label=PUBLISHED_NAMES[marker], linestyle="none")
+        shown = [value for value in (*of_game.value, teacher, chance) if not np.isnan(value)]
+        margin = 0.05 * (max(shown) - min(shown))
+        by_step.set_ylim(min(shown) - margin, max(shown) + margin)  # an interval of few seeds can be far wider
         by_step.set_ylabel(f"return, {game}")
         by_step.xaxis.set_major_formatter(lambda x, _: f"{x / 1e6:g}M" if abs(x) >= 1e6 else f"{x / 1e3:g}k")
     panels[-1][0].set_xlabel("online steps")
