@@ -119,7 +119,8 @@ def curves(rows: pd.DataFrame, path: Path) -> None:
                 axes.plot(position, mean, label=label, **style)
                 for seed in table["value"]:
                     axes.plot(position, table["value"][seed], color=color, linewidth=0.6, alpha=0.6)
-                axes.fill_between(position, mean - half, mean + half, color=color, alpha=0.2, linewidth=0)
+                if len(table["value"].columns) > 2:  # of two seeds it says nothing
+                    axes.fill_between(position, mean - half, mean + half, color=color, alpha=0.2, linewidth=0)
         teacher, (chance, _) = teacher_return(rows, game), RANDOM_AND_HUMAN.get(game, (np.nan, np.nan))
         for axes in (by_step, by_time):
             if not np.isnan(teacher):
