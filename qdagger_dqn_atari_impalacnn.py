@@ -884,7 +884,6 @@ def play(args: Args) -> None:
 
 # --- Checkpoints ---
 
-
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # the last is Slurm's warning
 
 
@@ -1236,7 +1235,7 @@ def train(args: Args, stop: Sequence[int] = ()) -> Path:
     new_replay = partial(FrameReplay, num_actions=actions_count, device=device)
     with user_error("--buffer-size, --teacher-steps: too large for the memory"):
         replay = new_replay(args.buffer_size, args.num_envs)
-        before_online = "teacher" in saved["replays"] if saved else offline_steps > 0
+        before_online = teacher and ("teacher" in saved["replays"] if saved else offline_steps > 0)
         teacher_replay = new_replay(args.teacher_steps, args.teacher_envs) if before_online else None
     if teacher_replay:
         names = ["env_id", "repeat_action_probability", "num_envs", "teacher_steps", "start_e", "end_e"]
@@ -1378,10 +1377,8 @@ def train(args: Args, stop: Sequence[int] = ()) -> Path:
             periodic = begin > 0 and due(begin - args.num_envs, args.num_envs, args.eval_frequency)
             if (at_end or periodic) and progress.evaluated != global_step:
                 save(games)
-                film = args.capture_video and at_end
-                evaluate_student(
-                    "eval/episodic_return", global_step, run_dir / "videos" / "evaluation.mp4" if film else None
-                )
+                video = run_dir / "videos" / "evaluation.mp4" if args.capture_video and at_end else None
+                evaluate_student("eval/episodic_return", global_step, video)
             if at_end:
                 complete = save_model() and save(games)
                 break

@@ -4,9 +4,10 @@
     python results/collect.py OUT --check JUNIT.xml            # check.json
     python results/collect.py OUT                              # SUMMARY.md, of all that OUT holds
 
-NAME.csv has the columns run, tag, step, value, seconds (since the run's first scalar). Of each of TensorBoard's tags at
-most 500 points are kept. A finished run also has `score/mean`, `score/std` and `score/games` of its final network, and
-every run `run/seconds`, the time it was at work. Runs that OUT knows and that are not given again stay in it.
+NAME.csv has the columns run, tag, step, value, seconds (since the run's first scalar; may be left empty). Of each of
+TensorBoard's tags at most 500 points are kept. A finished run also has `score/mean`, `score/std` and `score/games` of
+its final network, and every run `run/seconds`, the time it was at work. Runs that OUT knows and that are not given
+again stay in it.
 """
 
 import argparse
@@ -63,7 +64,7 @@ def read(path: Path) -> dict[str, list[Row]]:
     if path.exists():
         with path.open(newline="") as file:
             for run, tag, step, value, seconds in list(csv.reader(file))[1:]:
-                rows[run].append((run, tag, int(step), float(value), float(seconds)))
+                rows[run].append((run, tag, int(step), float(value), float(seconds or "nan")))
     return rows
 
 

@@ -181,9 +181,9 @@ def buffer_rate(args: Args) -> float:
 
 
 BUFFER = {  # games, and the environment variables of the process
-    "everything": (16, {}),
-    "as many games as the student has": (4, {}),
-    "torch's threads wait as they do by default": (16, {"GOMP_SPINCOUNT": "300000"}),
+    "everything": (qdagger.Args().teacher_envs, {}),
+    "as many games as the student has": (qdagger.Args().num_envs, {}),
+    "torch's threads wait as they do by default": (qdagger.Args().teacher_envs, {"GOMP_SPINCOUNT": "300000"}),
 }
 
 

@@ -131,3 +131,19 @@ def test_a_run_without_evaluations_is_drawn_by_its_training_games():
     known, ours = points[points.run == "known"], points[points.run == "ours"]
     assert known[["step", "value"]].values.tolist() == [[900, 4.5], [1900, 14.5]]  # the last five make no ten
     assert known.minutes.tolist() == [18 / 60, 38 / 60] and ours[["step", "value"]].values.tolist() == [[2000, 7]]
+
+
+def test_runs_without_times_stay_when_others_are_collected(collected, tmp_path):
+    """Of a run that was paused the seconds are left empty: it is kept, and drawn by its steps."""
+    path = collected / "students.csv"
+    rows = pd.read_csv(path)
+    rows.loc[rows.run.str.startswith("scratch"), "seconds"] = np.nan
+    rows.to_csv(path, index=False)
+    other = made_up_run(tmp_path / "work" / "student-PongNoFrameskip-v4-3", [0, 1, 2], 3.0)
+    collect.collect(collected, "students", [other])
+    again = pd.read_csv(path)
+    assert set(again.run) == {*rows.run, other.name}
+    assert again[again.run.str.startswith("scratch")].seconds.isna().all()
+    assert len(again) == len(rows) + (again.run == other.name).sum()
+    plot.curves(plot.read(collected), tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").stat().st_size > 10_000
