@@ -2,6 +2,7 @@
 
     python results/plot.py results/pong_cpu            # curves.png, scores.csv, aggregates.csv, aggregates.png there
     python results/plot.py results/pong_cpu --readme   # and the table between that directory's markers in README.md
+    python results/plot.py results/speed --readme      # the tables of results/speed.py and results/tricks.py there
 
 Every CSV of the directory with the columns run, tag, step, value, seconds is read; a run is called KIND-GAME-SEED.
 Curves are evaluations of `eval_episodes` games, or, of a run that has none online, means of ten training games in turn;
@@ -10,6 +11,7 @@ seeds in curves (Student's t), and of interquartile means by a bootstrap stratif
 """
 
 import argparse
+import json
 import re
 from pathlib import Path
 
@@ -221,6 +223,12 @@ def markdown(table: pd.DataFrame, rows: pd.DataFrame) -> str:
     return "\n".join(lines)
 
 
+def speed_tables(directory: Path) -> dict[str, str]:
+    """The tables in the JSON files of results/speed.py and results/tricks.py, by the names of these."""
+    contents = {path.stem: json.loads(path.read_text()) for path in sorted(directory.glob("*.json"))}
+    return {name: content["table"].strip() for name, content in contents.items() if "table" in content}
+
+
 def into_readme(name: str, table: str) -> None:
     """Replace what stands between the markers of `name`."""
     begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
@@ -236,6 +244,13 @@ def main() -> None:
     parser.add_argument("directory", type=Path)
     parser.add_argument("--readme", action="store_true", help="write the table into README.md")
     args = parser.parse_args()
+    tables = speed_tables(args.directory)
+    for name, text in tables.items():
+        print(f"{name}\n{text}\n")
+        if args.readme:
+            into_readme(name, text)
+    if tables and not any(args.directory.glob("*.csv")):
+        return
     rows = read(args.directory)
     curves(rows, args.directory / "curves.png")
     table = scores(rows)

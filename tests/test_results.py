@@ -1,5 +1,8 @@
 """results/collect.py and results/plot.py: what they make of known runs."""
 
+import json
+import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -122,6 +125,42 @@ def test_figures_and_the_readme_s_table(collected, tmp_path, monkeypatch):
     assert readme.read_text() == text
 
 
+def test_speed_tables_in_the_readme_are_those_of_the_results():
+    """plot.py remakes them: what a reader sees is what was measured."""
+    tables = plot.speed_tables(plot.README.parent / "results" / "speed")
+    assert len(tables) >= 3
+    for name, table in tables.items():
+        assert f"<!-- {name}: begin -->\n{table}\n<!-- {name}: end -->" in plot.README.read_text()
+
+
+@pytest.mark.parametrize("name", ["pong_cpu", "ablation"])
+def test_scores_in_the_readme_are_those_of_the_results(name):
+    rows = plot.read(plot.README.parent / "results" / name)
+    table = plot.markdown(plot.scores(rows), rows)
+    assert f"<!-- {name}: begin -->\n{table}\n<!-- {name}: end -->" in plot.README.read_text()
+
+
+def test_numbers_about_checkpoints_and_teachers_are_those_of_their_sources():
+    readme, root = plot.README.read_text(), plot.README.parent
+    first, new, _ = json.loads((root / "results" / "checkpoint_cost.json").read_text())["saves"]
+    assert f"{new['seconds']} s" in readme and f"{first['seconds']} s ({first['MB']} MB)" in readme
+    for card in (root / "teachers").glob("*.md"):
+        score = re.search(r"^\| score \| (-?[\d.]+ ± [\d.]+)", card.read_text(), re.MULTILINE)[1]
+        assert f"[{score}](teachers/{card.name})" in readme
+
+
+def test_speed_of_a_gpu_goes_into_the_readme_beside_its_scores(collected, tmp_path, monkeypatch):
+    readme = tmp_path / "README.md"
+    readme.write_text("<!-- speed: begin --><!-- speed: end -->\n<!-- out: begin -->\n<!-- out: end -->\n")
+    (collected / "speed.json").write_text(json.dumps({"table": "| a | b |\n|---|---|\n| 1 | 2 |\n"}))
+    (collected / "check.json").write_text('{"tests": 3}')
+    monkeypatch.setattr(plot, "README", readme)
+    monkeypatch.setattr(sys, "argv", ["plot.py", str(collected), "--readme"])
+    plot.main()
+    assert "begin -->\n| a | b |\n|---|---|\n| 1 | 2 |\n<!--" in readme.read_text()
+    assert "| Pong | QDagger student |" in readme.read_text()
+
+
 def test_a_run_without_evaluations_is_drawn_by_its_training_games():
     columns = ["run", "tag", "step", "value", "seconds", "kind", "game", "seed"]
     games = [("known", "charts/episodic_return", 100 * nth, nth, 2.0 * nth, "known", "Pong", "1") for nth in range(25)]
@@ -147,3 +186,28 @@ def test_runs_without_times_stay_when_others_are_collected(collected, tmp_path):
     assert len(again) == len(rows) + (again.run == other.name).sum()
     plot.curves(plot.read(collected), tmp_path / "curves.png")
     assert (tmp_path / "curves.png").stat().st_size > 10_000
+
+
+def test_another_script_trains_where_collect_reads_it(tmp_path):
+    """results/known.py: its flags, its hub with our teacher in it, its log, its seconds, its exit code."""
+    script = tmp_path / "other.py"
+    script.write_text(
+        "import os, sys, pathlib\n"
+        "from torch.utils.tensorboard import SummaryWriter\n"
+        "hub = pathlib.Path(os.environ['HF_HOME'], 'hub', 'models--cleanrl--PongNoFrameskip-v4-dqn_atari-seed1')\n"
+        "assert os.environ['HF_HUB_OFFLINE'] == '1' and (hub / 'snapshots/local/dqn_atari.cleanrl_model').exists()\n"
+        "SummaryWriter('runs/RUN').add_scalar('charts/episodic_return', len(sys.argv), 7)\n"
+        "print(sys.argv[1:])\n"
+        "sys.exit(3 * ('--seed=1' not in sys.argv))\n"
+    )
+    command = [sys.executable, plot.README.parent / "results" / "known.py"]
+    for seed, code in ((1, 0), (2, 3)):
+        run = tmp_path / f"known-PongNoFrameskip-v4-{seed}"
+        ended = subprocess.run([*command, run, "--script", script, "--total-timesteps", "60"], stderr=subprocess.PIPE)
+        assert ended.returncode == code
+        flags = f"['--env-id=PongNoFrameskip-v4', '--seed={seed}', '--total-timesteps', '60']"
+        assert flags in (run / "log").read_text()
+    again = subprocess.run([*command, run, "--script", script], capture_output=True, text=True)
+    assert again.returncode == 2 and again.stderr.startswith("error: ") and again.stderr.count("\n") == 1
+    rows = {row[1]: row for row in collect.rows_of(run)}
+    assert rows["charts/episodic_return"][2:4] == (7, 5.0) and 0 < rows["run/seconds"][3] < 60
