@@ -114,7 +114,7 @@ class Args:
     # speed
     network: Literal["impala", "nature"] = "impala"  # the network that learns
     amp: bool = FAST_BFLOAT16  # all layers but the last in bfloat16; the default on a CPU that is faster so
-    capture: bool = True  # on a GPU, replay each gradient step as one CUDA graph, once it was seen to do the same
+    capture: bool = True  # on a GPU, replay acting and each gradient step as CUDA graphs, once seen to do the same
     compile: bool = False  # let torch.compile fuse the networks; needs a C++ compiler, and minutes at the start
 
     # checkpoints
@@ -789,7 +789,7 @@ class Captured:
             try:
                 self.run = self.capture()
             except Exception as error:
-                tqdm.write(f"--capture: {first_line(error)}; gradient steps run one kernel at a time")
+                tqdm.write(f"--capture: {first_line(error)}; going on one kernel at a time")
                 self.run = self.step
         self.run()
 
@@ -827,6 +827,31 @@ class Captured:
     @torch.no_grad()
     def values(self) -> list[torch.Tensor]:
         return [tensor.clone() for tensor in self.tensors]
+
+
+class Policy:
+    """`act` of a network for so many games, captured where that can be."""
+
+    def __init__(self, network: Callable, num_envs: int, num_actions: int, generator: torch.Generator, capture: bool):
+        self.network, self.generator, device = network, generator, generator.device
+        self.obs = torch.zeros((num_envs, STACK, 84, 84), dtype=torch.uint8, device=device)  # what was acted on
+        self.epsilon = torch.zeros((), device=device)
+        self.actions = torch.zeros(num_envs, dtype=torch.int64, device=device)
+        self.q_values = torch.zeros((num_envs, num_actions), device=device)
+        can_be = capture and device.type == "cuda"
+        self.step = Captured(self.act, [self.q_values], generator) if can_be else self.act
+
+    def act(self) -> None:
+        actions, q_values = act(self.network, self.obs, self.epsilon, self.generator)
+        self.actions.copy_(actions)
+        self.q_values.copy_(q_values)
+
+    def __call__(self, obs: np.ndarray, epsilon: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """Actions and Q-values, as of `act`; the next call overwrites them."""
+        self.obs.copy_(torch.as_tensor(obs))
+        self.epsilon.fill_(epsilon)
+        self.step()
+        return self.actions, self.q_values
 
 
 # --- Evaluation ---
@@ -1320,12 +1345,13 @@ def train(args: Args, stop: Sequence[int] = ()) -> Path:
     # Phase 1: the teacher fills its buffer.
     if teacher_replay and progress.teacher_steps < args.teacher_steps:
         games = start_games(args.teacher_envs, args.seed + 10_000)
+        policy = Policy(teacher, args.teacher_envs, actions_count, learner.generator, args.capture)
         with tqdm(total=args.teacher_steps, initial=progress.teacher_steps, desc="teacher buffer", unit="step") as bar:
             while progress.teacher_steps < args.teacher_steps:
                 safe_point(games)
                 epsilon = linear_schedule(args.start_e, args.end_e, args.teacher_steps, progress.teacher_steps)
                 obs = games.obs
-                actions, q_values = act(teacher, torch.as_tensor(obs, device=device), epsilon, learner.generator)
+                actions, q_values = policy(obs, epsilon)
                 games.step_async(actions)
                 *outcome, ended = games.step_wait()
                 teacher_replay.add(obs, actions, *outcome, q_values)
@@ -1368,6 +1394,7 @@ def train(args: Args, stop: Sequence[int] = ()) -> Path:
     coefficient = 0.0
     learner.metrics.clear()
     gradient_step = learner.step_on(replay)
+    policy = Policy(learner.q_values, args.num_envs, actions_count, learner.generator, args.capture)
     games, film_next = start_games(args.num_envs, args.seed), 0
     bar = tqdm(total=args.total_timesteps, initial=progress.online_steps, desc="online", unit="step")
     with closing(games), bar:
@@ -1395,15 +1422,14 @@ def train(args: Args, stop: Sequence[int] = ()) -> Path:
                 progress.distilling = coefficient > 0 or not over
 
             obs = games.obs
-            device_obs = torch.as_tensor(obs, device=device)
-            actions, _ = act(learner.q_values, device_obs, epsilon, learner.generator)
+            actions, _ = policy(obs, epsilon)
             games.step_async(actions)  # they go on while the student learns
             for step in range(begin + 1, begin + args.num_envs + 1):
                 if step > learning_starts and step % args.train_frequency == 0:
                     gradient_step()
                 if step % args.target_network_frequency == 0:
                     learner.update_target(args.tau)
-            teacher_q_values = teacher(device_obs) if progress.distilling else None
+            teacher_q_values = teacher(policy.obs) if progress.distilling else None
             *outcome, ended = games.step_wait()
             replay.add(obs, actions, *outcome, teacher_q_values)
             progress.online_steps += args.num_envs

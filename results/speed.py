@@ -5,7 +5,8 @@
 
 Each run is a short training of all three phases in a process and a directory of its own. Steps per second come from the
 wall-clock times in its event file, so that start, evaluations and warm-up are left out. The numbers are medians over
-`repeats`; the variants take turns, so that a machine that slows down slows all of them.
+`repeats`; the variants take turns, so that a machine that slows down slows all of them. Peak memory is that of its
+process on the host, and what torch has reserved on the GPU.
 """
 
 import json
@@ -31,6 +32,15 @@ VARIANTS = {
     "cpu": ("--no-amp", "--amp"),
     "cuda": ("--no-capture --no-amp", "--no-amp", "--amp", "--no-amp --compile", "--amp --compile"),
 }
+MEMORY = {"host": "GB", "device": "GB"}
+# Runs the script that is its first argument, then says how much of the GPU that took.
+RUNNER = """
+import runpy, sys
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+import torch  # not before the script, which may have a say in how
+print("peak device bytes:", torch.cuda.max_memory_reserved())
+"""
 SKIPPED = 2  # of the intervals between two logged points: first calls compile, allocate and warm caches
 
 
@@ -43,7 +53,9 @@ class Args:
     python: Path = Path(sys.executable)  # that runs it
     teacher_steps: int = 4000
     offline_steps: int = 1000
-    total_timesteps: int = 4000  # of which the first 400 only fill the replay
+    total_timesteps: int = 4000
+    learning_starts: int = 400  # of these, the steps that only fill the replay
+    buffer_size: int = 20_000
     repeats: int = 3
     out: Path | None = None  # write the table and every single number here, as JSON
 
@@ -75,9 +87,8 @@ def teacher_buffer_rate(events: EventAccumulator, progress: str, teacher_steps: 
 
 def measure(command: list, args: Args) -> dict[str, float]:
     """One short training: steps or updates per second of each phase, and peak memory in GB."""
-    counts = ["teacher_steps", "offline_steps", "total_timesteps"]
-    flags = [f"--{name.replace('_', '-')}={getattr(args, name)}" for name in counts]
-    flags += [f"--env-id={args.env_id}", "--teacher-eval-episodes=1", "--learning-starts=400", "--buffer-size=20000"]
+    names = ["env_id", "teacher_steps", "offline_steps", "total_timesteps", "learning_starts", "buffer_size"]
+    flags = [f"--{name.replace('_', '-')}={getattr(args, name)}" for name in names] + ["--teacher-eval-episodes=1"]
     with tempfile.TemporaryDirectory() as directory:
         variables = os.environ | local_hub(Path(directory) / "home", args.env_id, args.teacher)
         log = Path(directory) / "log"
@@ -94,8 +105,27 @@ def measure(command: list, args: Args) -> dict[str, float]:
         "teacher buffer": teacher_buffer_rate(events, progress, args.teacher_steps),
         "offline": rate(events, "charts/offline/loss"),
         "online": rate(events, "losses/td_loss"),
-        "peak GB": usage.ru_maxrss / 1e6,  # of the largest of its processes
+        "host": usage.ru_maxrss / 1e6,
+        "device": int(re.findall(r"peak device bytes: (\d+)", progress)[-1]) / 1e9,
     }
+
+
+def table_of(runs: dict[str, list[dict]]) -> str:
+    """Medians of the runs of each variant, and their ratios to the other script's."""
+    columns = [f"{name}, {unit}" for name, unit in (PHASES | MEMORY).items()]
+    columns.insert(len(PHASES), "ms per offline update")
+    rows = ["| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    medians = {
+        name: {column: statistics.median(run[column] for run in of_name) for column in of_name[0]}
+        for name, of_name in runs.items()
+    }
+    for name, median in medians.items():
+        other = medians.get("other script", {})
+        cells = [f"{median[p]:.1f}" + (f" ({median[p] / other[p]:.1f}×)" if other else "") for p in PHASES]
+        cells += [f"{1000 / median['offline']:.1f}"]
+        cells += [f"{median[kind]:.2f}" if median[kind] else "–" for kind in MEMORY]
+        rows.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(rows)
 
 
 def machine() -> dict[str, str | None]:
@@ -113,28 +143,18 @@ def main() -> None:
     args.teacher = args.teacher or PROGRAM.parent / "teachers" / f"{args.env_id}.cleanrl_model"
     args.variants = args.variants or VARIANTS["cuda" if torch.cuda.is_available() else "cpu"]
     commands = {
-        f"this program {flags}".strip(): [sys.executable, PROGRAM, "--eval-episodes=1", *flags.split()]
+        f"this program {flags}".strip(): [sys.executable, "-c", RUNNER, PROGRAM, "--eval-episodes=1", *flags.split()]
         for flags in args.variants
     }
     if args.against:
-        commands["other script"] = [args.python.absolute(), args.against.resolve()]
+        commands["other script"] = [args.python.absolute(), "-c", RUNNER, args.against.resolve()]
     runs: dict[str, list[dict]] = {name: [] for name in commands}
     for repeat in range(args.repeats):
         for name, command in commands.items():
             runs[name].append(measure(command, args))
             print(f"{repeat + 1}/{args.repeats} {name}: {runs[name][-1]}", file=sys.stderr)
 
-    medians = {
-        name: {phase: statistics.median(run[phase] for run in of_name) for phase in of_name[0]}
-        for name, of_name in runs.items()
-    }
-    rows = ["| | " + " | ".join(f"{phase}, {unit}" for phase, unit in PHASES.items()) + " | ms per offline update |"]
-    rows += ["|---" * (len(PHASES) + 2) + "|"]
-    for name, median in medians.items():
-        other = medians.get("other script", {})
-        cells = [f"{median[p]:.1f}" + (f" ({median[p] / other[p]:.1f}×)" if other else "") for p in PHASES]
-        rows += [f"| {name} | " + " | ".join(cells) + f" | {1000 / median['offline']:.1f} |"]
-    table = "\n".join(rows)
+    table = table_of(runs)
     print(table)
     if args.out:
         settings = {name: getattr(value, "name", value) for name, value in vars(args).items()}

@@ -108,7 +108,7 @@ def rows(cuda: bool) -> dict[str, tuple[dict, Callable | None]]:
         "without overlap of games and learning": (fast, without_overlap),
     }
     if cuda:
-        table["without the CUDA graph"] = ({"amp": True, "capture": False}, None)
+        table["without CUDA graphs"] = ({"amp": True, "capture": False}, None)
         table["without bfloat16 and TF32"] = ({"amp": False}, without_tf32)
     if cuda or shutil.which("g++"):
         table["with torch.compile"] = (fast | {"compile": True}, None)
@@ -132,6 +132,8 @@ class Row:
             self.replay.ages.fill_(qdagger.STACK - 1)
             self.replay.written.fill_(CAPACITY // self.args.num_envs)
             self.gradient_step = self.learner.step_on(self.replay)
+            of_student = self.learner.q_values, self.args.num_envs, actions, self.learner.generator
+            self.policy = qdagger.Policy(*of_student, self.args.capture)
 
     def seconds(self, work: Callable[[], None], repeats: int) -> list[float]:
         times = []
@@ -149,8 +151,7 @@ class Row:
     def vector_step(self) -> None:
         """Four environment steps and one update, as the online phase has them."""
         obs = self.games.obs
-        device_obs = torch.as_tensor(obs, device=self.device)
-        actions, _ = qdagger.act(self.learner.q_values, device_obs, 0.01, self.learner.generator)
+        actions, _ = self.policy(obs, 0.01)
         self.games.step_async(actions)
         self.gradient_step()
         *outcome, _ = self.games.step_wait()
@@ -167,12 +168,13 @@ def buffer_rate(args: Args) -> float:
     teacher = qdagger.load_model(path, actions, "--teacher").to(device, memory_format=torch.channels_last)
     replay = qdagger.FrameReplay(args.buffer_steps, args.buffer_games, actions, device)
     generator = torch.Generator(device).manual_seed(1)
+    policy = qdagger.Policy(teacher, args.buffer_games, actions, generator, of_program.capture)
     steps, start = 0, 0.0
     while steps < args.buffer_steps:
         if start == 0.0 and steps >= args.buffer_steps / 10:
             first, start = steps, time.perf_counter()
         obs = games.obs
-        chosen, q_values = qdagger.act(teacher, torch.as_tensor(obs, device=device), 0.5, generator)
+        chosen, q_values = policy(obs, 0.5)
         games.step_async(chosen)
         *outcome, _ = games.step_wait()
         replay.add(obs, chosen, *outcome, q_values)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 import tyro
 
 import qdagger_dqn_atari_impalacnn as qdagger
-from qdagger_dqn_atari_impalacnn import Args, Captured, FrameReplay, Learner
+from qdagger_dqn_atari_impalacnn import Args, Captured, FrameReplay, Learner, Policy, act
 
 
 def filled_replay(device: str = "cpu", steps: int = 200) -> FrameReplay:
@@ -146,6 +146,36 @@ def test_a_graph_that_does_something_else_is_not_used(replay, fake_cuda, capfd, 
     assert capfd.readouterr().out.count("--capture: ") == 1
 
 
+def chosen(device: str = "cpu", capture: bool = False, calls: int = 20) -> list[tuple]:
+    """Actions and Q-values of a policy for 3 games, in turn."""
+    made, rng = learner(device), np.random.default_rng(1)
+    policy = Policy(made.q_values, 3, 4, made.generator, capture)
+    if capture:
+        policy.step = Captured(policy.act, [policy.q_values], made.generator)
+    result = []
+    for call in range(calls):
+        actions, q_values = policy(rng.integers(256, size=(3, 4, 84, 84), dtype=np.uint8), call / calls)
+        result.append((actions.tolist(), q_values.cpu().clone()))
+    return result
+
+
+def test_a_policy_acts_as_act_does():
+    made, rng = learner(), np.random.default_rng(1)
+    for call, (actions, q_values) in enumerate(chosen()):
+        obs = torch.as_tensor(rng.integers(256, size=(3, 4, 84, 84), dtype=np.uint8))
+        expected = act(made.q_network, obs, call / 20, made.generator)
+        assert actions == expected[0].tolist() and torch.equal(q_values, expected[1])
+
+
+@pytest.mark.parametrize("fault, refused", [(lambda step: step, 0), (failing, 1), (lambda step: lambda: None, 1)])
+def test_a_captured_policy_draws_what_a_plain_one_draws(fake_cuda, capfd, fault, refused):
+    expected = chosen()
+    fake_cuda(fault)
+    for (actions, q_values), (plain_actions, plain_q_values) in zip(chosen(capture=True), expected):
+        assert actions == plain_actions and torch.equal(q_values, plain_q_values)
+    assert capfd.readouterr().out.count("--capture: ") == refused
+
+
 @pytest.mark.parametrize(
     "capability, name, expected",
     [
@@ -206,6 +236,15 @@ def test_captured_steps_are_plain_steps(n_step, capfd):
     assert "--capture" not in capfd.readouterr().out
     for name, value in plain.items():
         assert (fast[name] - value).norm() < 0.01 * (value - start[name].cpu()).norm()
+
+
+@pytest.mark.gpu
+def test_a_captured_policy_is_a_plain_one(capfd):
+    plain, fast = chosen("cuda"), chosen("cuda", capture=True)
+    assert "--capture" not in capfd.readouterr().out
+    for (actions, q_values), (plain_actions, plain_q_values) in zip(fast, plain):
+        torch.testing.assert_close(q_values, plain_q_values, rtol=1e-3, atol=1e-4)  # TF32
+        assert actions == plain_actions
 
 
 @pytest.mark.gpu
