@@ -5,9 +5,10 @@
     python results/plot.py results/speed --readme      # the tables of results/speed.py and results/tricks.py there
 
 Every CSV of the directory with the columns run, tag, step, value, seconds is read; a run is called KIND-GAME-SEED.
-Curves are evaluations of `eval_episodes` games, or, of a run that has none online, means of ten training games in turn;
-thin lines are single seeds. Scores are those of the final network. Intervals are 95%: of the mean over
-seeds in curves (Student's t), and of interquartile means by a bootstrap stratified by game (Agarwal et al., 2021).
+Curves are evaluations of `eval_episodes` games, or, of a run that has none online, means of ten training games in turn,
+of fewer if there are not fifty; thin lines are single seeds. Scores are those of the final network. Intervals are 95%:
+of the mean over seeds in curves (Student's t), and of interquartile means by a bootstrap stratified by game (Agarwal et
+al., 2021).
 """
 
 import argparse
@@ -43,7 +44,7 @@ PUBLISHED = {  # after ten million steps: the widely used file in torch and JAX,
     "Pong": {"v": 19.72, "^": 18.75, "P": 20.25},
     "BeamRider": {"v": 9284.99, "^": 8024.75, "P": 6673.24},
 }
-GAMES = 10  # training games to a point
+GAMES, POINTS = 10, 5  # training games to a point, fewer if that leaves fewer points
 PUBLISHED_NAMES = {"v": "known file, torch", "^": "known file, JAX", "P": "plain DQN, torch"}
 
 
@@ -59,13 +60,14 @@ def read(directory: Path) -> pd.DataFrame:
 
 
 def training_games(rows: pd.DataFrame) -> pd.DataFrame:
-    """Of runs that were not evaluated online: means of ten training games, where the last of the ten ended."""
+    """Of runs that were not evaluated online: means of up to ten training games, where the last of them ended."""
     evaluated = rows[rows.tag == "eval/episodic_return"].run.unique()
     games = rows[(rows.tag == "charts/episodic_return") & ~rows.run.isin(evaluated)].sort_values(["run", "step"])
-    nth = games.groupby("run").cumcount() // GAMES
-    groups = games.groupby(["run", nth.rename("nth")])
+    of_run = games.groupby("run")
+    games = games.assign(together=(of_run.run.transform("size") // POINTS).clip(1, GAMES))
+    groups = games.groupby(["run", (of_run.cumcount() // games.together).rename("nth")])
     means = groups.agg({"value": "mean", **dict.fromkeys(("tag", "step", "seconds", "kind", "game", "seed"), "last")})
-    return means[groups.size() == GAMES].reset_index("run")
+    return means[groups.size() == groups.together.first()].reset_index("run")
 
 
 def evaluations(rows: pd.DataFrame) -> pd.DataFrame:

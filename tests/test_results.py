@@ -161,15 +161,20 @@ def test_speed_of_a_gpu_goes_into_the_readme_beside_its_scores(collected, tmp_pa
     assert "| Pong | QDagger student |" in readme.read_text()
 
 
-def test_a_run_without_evaluations_is_drawn_by_its_training_games():
+@pytest.mark.parametrize("count, together", [(4, 1), (25, 5), (27, 5), (75, 10)])
+def test_a_run_without_evaluations_is_drawn_by_its_training_games(count, together):
     columns = ["run", "tag", "step", "value", "seconds", "kind", "game", "seed"]
-    games = [("known", "charts/episodic_return", 100 * nth, nth, 2.0 * nth, "known", "Pong", "1") for nth in range(25)]
-    games += [("ours", "charts/episodic_return", 100 * nth, 5, nth, "student", "Pong", "1") for nth in range(25)]
+    games = [
+        ("known", "charts/episodic_return", 10 * nth, nth, 2.0 * nth, "known", "Pong", "1") for nth in range(count)
+    ]
+    games += [("ours", "charts/episodic_return", 10 * nth, 5, nth, "student", "Pong", "1") for nth in range(count)]
     evaluation = ("ours", "eval/episodic_return", 2000, 7.0, 30.0, "student", "Pong", "1")
     points = plot.evaluations(pd.DataFrame([*games, evaluation], columns=columns))
     known, ours = points[points.run == "known"], points[points.run == "ours"]
-    assert known[["step", "value"]].values.tolist() == [[900, 4.5], [1900, 14.5]]  # the last five make no ten
-    assert known.minutes.tolist() == [18 / 60, 38 / 60] and ours[["step", "value"]].values.tolist() == [[2000, 7]]
+    last = [nth for nth in range(count) if nth % together == together - 1]  # those that are left over make no point
+    assert known.step.tolist() == [10 * nth for nth in last] and known.minutes.tolist() == [nth / 30 for nth in last]
+    assert known.value.tolist() == [nth - (together - 1) / 2 for nth in last]
+    assert ours[["step", "value"]].values.tolist() == [[2000, 7]]
 
 
 def test_runs_without_times_stay_when_others_are_collected(collected, tmp_path):
