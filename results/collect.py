@@ -4,7 +4,7 @@
     python results/collect.py OUT --check JUNIT.xml            # check.json
     python results/collect.py OUT                              # SUMMARY.md, of all that OUT holds
 
-NAME.csv has the columns run, tag, step, value, seconds (since the run's first scalar; may be left empty). Of each of
+NAME.csv has the columns run, tag, step, value, seconds (since the run was started; may be left empty). Of each of
 TensorBoard's tags at most 500 points are kept. A finished run also has `score/mean`, `score/std` and `score/games` of
 its final network, and every run `run/seconds`, the time it was at work. Runs that OUT knows and that are not given
 again stay in it.
@@ -38,7 +38,7 @@ def rows_of(directory: Path) -> list[Row]:
     for run in directory.glob("runs/*"):
         events = EventAccumulator(str(run), size_guidance={"scalars": 0}).Reload()
         tags = events.Tags()["scalars"]
-        start = events.FirstEventTimestamp() if tags else 0
+        start = float((directory / "began").read_text())
         for tag in tags:
             scalars = events.Scalars(tag)
             every = -(-len(scalars) // POINTS)

@@ -3,8 +3,9 @@
     python results/grid.py --workers 4 DIRECTORY ...
 
 Each directory is one run and holds its `flags`, one a line. There the program writes `runs/RUN`, its output goes to
-`log`, the seconds at work to `seconds`, and in the end the scores of some games of the final network to `score`: a run
-that has one is finished. SIGINT, SIGTERM, SIGUSR1 and the end of --seconds ask every run for a checkpoint.
+`log`, the time when it began to `began`, the seconds at work to `seconds`, and in the end the scores of some games of
+the final network to `score`: a run that has one is finished. SIGINT, SIGTERM, SIGUSR1 and the end of --seconds ask
+every run for a checkpoint.
 
 Exit code: 0 if all are finished; 1 if some failed, each of which is named with its log; 128 + signal if it was stopped.
 """
@@ -102,6 +103,8 @@ class Run:
                     if asked:
                         return 128 + asked[0]
             say(f"{self.name}: begins")
+            if not (self.directory / "began").exists():
+                (self.directory / "began").write_text(f"{time.time():.1f}\n")
             if not trained.exists():
                 code = self.execute(self.training(), self.log, lock, variables)
                 if code or asked:

@@ -32,6 +32,7 @@ def main() -> int:
     command = [args.python.absolute(), args.script.resolve(), f"--env-id={env_id}", f"--seed={seed}", *flags]
     args.directory.mkdir(parents=True)
     began = time.time()
+    (args.directory / "began").write_text(f"{began:.1f}\n")
     with tempfile.TemporaryDirectory() as home, (args.directory / "log").open("w") as log:
         variables = os.environ | local_hub(Path(home), env_id, PROGRAM.parent / "teachers" / f"{env_id}.cleanrl_model")
         try:

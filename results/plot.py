@@ -6,7 +6,7 @@
 
 Every CSV of the directory with the columns run, tag, step, value, seconds is read; a run is called KIND-GAME-SEED.
 Curves are evaluations of `eval_episodes` games, or, of a run that has none online, means of ten training games in turn,
-of fewer if there are not fifty; thin lines are single seeds. Scores are those of the final network. Intervals are 95%:
+of fewer if there are not thirty; thin lines are single seeds. Scores are those of the final network. Intervals are 95%:
 of the mean over seeds in curves (Student's t), and of interquartile means by a bootstrap stratified by game (Agarwal et
 al., 2021).
 """
@@ -44,7 +44,7 @@ PUBLISHED = {  # after ten million steps: the widely used file in torch and JAX,
     "Pong": {"v": 19.72, "^": 18.75, "P": 20.25},
     "BeamRider": {"v": 9284.99, "^": 8024.75, "P": 6673.24},
 }
-GAMES, POINTS = 10, 5  # training games to a point, fewer if that leaves fewer points
+GAMES, POINTS = 10, 3  # training games to a point, fewer if that leaves fewer points
 PUBLISHED_NAMES = {"v": "known file, torch", "^": "known file, JAX", "P": "plain DQN, torch"}
 
 
@@ -117,8 +117,8 @@ def curves(rows: pd.DataFrame, path: Path) -> None:
                 table = chosen.pivot(index="nth", columns="seed", values=["value", x])
                 mean, half = mean_and_interval(table["value"])
                 position = table[x].mean(axis=1)
-                if len(mean) == 1 and x == "step":  # offline only: its level, for comparison
-                    axes.axhline(mean.iloc[0], label=label, color=color, linestyle=line)
+                if x == "step" and (chosen.step == 0).all():  # offline only: its level, for comparison
+                    axes.axhline(mean.iloc[-1], label=label, color=color, linestyle=line)
                     continue
                 axes.plot(position, mean, label=label, **style)
                 for seed in table["value"]:
