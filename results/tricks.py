@@ -1,4 +1,4 @@
-"""What each trick alone gives: milliseconds per update, and per vector step with its update, with all of them but one.
+"""What each trick alone gives: milliseconds per update, and per four steps with their update, with all of them but one.
 
 A second table has the steps per second of the teacher's buffer, each row in a process of its own.
 
@@ -37,7 +37,7 @@ class Args:
     env_id: str = "BreakoutNoFrameskip-v4"
     updates: int = 10  # of each row in each turn
     turns: int = 6
-    steps: int = 50  # vector steps of each row in each turn
+    steps: int = 50  # of each row in each turn, times four environment steps
     buffer_games: int = 0  # instead of all that, fill a teacher's buffer from so many games and print steps per second
     buffer_steps: int = 12_000  # of it
     out: Path | None = None  # write the table and every single number here, as JSON
@@ -106,6 +106,7 @@ def rows(cuda: bool) -> dict[str, tuple[dict, Callable | None]]:
         "without the fused Adam": (fast, without_fused_adam),
         "without stored teacher's Q-values": (fast, without_stored_teacher),
         "without overlap of games and learning": (fast, without_overlap),
+        "with one game instead of four side by side": (fast | {"num_envs": 1}, None),
     }
     if cuda:
         table["without CUDA graphs"] = ({"amp": True, "capture": False}, None)
@@ -116,7 +117,7 @@ def rows(cuda: bool) -> dict[str, tuple[dict, Callable | None]]:
 
 
 class Row:
-    """A learner on a full replay, and four games."""
+    """A learner on a full replay, and its games."""
 
     def __init__(self, args: Args, flags: dict, undo: Callable | None):
         self.undo = undo or ExitStack
@@ -148,14 +149,16 @@ class Row:
                 times.append(time.perf_counter() - start)
         return times
 
-    def vector_step(self) -> None:
+    def four_steps(self) -> None:
         """Four environment steps and one update, as the online phase has them."""
-        obs = self.games.obs
-        actions, _ = self.policy(obs, 0.01)
-        self.games.step_async(actions)
-        self.gradient_step()
-        *outcome, _ = self.games.step_wait()
-        self.replay.add(obs, actions, *outcome)
+        for vector_step in range(4 // self.args.num_envs):
+            obs = self.games.obs
+            actions, _ = self.policy(obs, 0.01)
+            self.games.step_async(actions)
+            if vector_step == 0:
+                self.gradient_step()
+            *outcome, _ = self.games.step_wait()
+            self.replay.add(obs, actions, *outcome)
 
 
 def buffer_rate(args: Args) -> float:
@@ -215,7 +218,7 @@ def main() -> None:
         for name, row in table.items():
             of_updates, of_steps = (
                 row.seconds(row.gradient_step, args.updates),
-                row.seconds(row.vector_step, args.steps),
+                row.seconds(row.four_steps, args.steps),
             )
             if turn:  # the first one warms up
                 updates[name] += of_updates
