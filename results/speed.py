@@ -105,7 +105,7 @@ def measure(command: list, args: Args) -> dict[str, float]:
         "teacher buffer": teacher_buffer_rate(events, progress, args.teacher_steps),
         "offline": rate(events, "charts/offline/loss"),
         "online": rate(events, "losses/td_loss"),
-        "host": usage.ru_maxrss / 1e6,
+        "host": usage.ru_maxrss * 1024 / 1e9,
         "device": int(re.findall(r"peak device bytes: (\d+)", progress)[-1]) / 1e9,
     }
 
