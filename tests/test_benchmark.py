@@ -1,6 +1,7 @@
 """benchmark.sh and results/reproduce.sh with tiny numbers: cut off and gone on with, here and on a real Slurm."""
 
 import csv
+import fcntl
 import json
 import os
 import shutil
@@ -87,6 +88,20 @@ def test_a_benchmark_is_stopped_killed_and_finished(tmp_path):
 
     code, said = end(start("benchmark.sh", *options, flags=[*long, "--gamma", 0.9]))
     assert code == 2 and "other flags" in said
+
+
+def test_what_another_process_has_finished_meanwhile_is_left_alone(tmp_path):
+    run = tmp_path / f"scratch-{GAME}-1"
+    run.mkdir()
+    (run / "flags").write_text("--no-such-flag\n")
+    with (run / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        command = [sys.executable, ROOT / "results" / "grid.py", run, "--log", tmp_path / "log"]
+        grid = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        wait_for(lambda: (tmp_path / "log").exists() and "waiting for it" in (tmp_path / "log").read_text())
+        (run / "score").write_text("1.00 ± 0.00 over 1 games")
+    assert end(grid)[0] == 0 and "begins" not in (tmp_path / "log").read_text()
+    assert not (run / "runs").exists() and not (run / "seconds").exists()
 
 
 def test_a_failed_run_is_named_with_its_log(tmp_path):

@@ -204,7 +204,8 @@ def test_another_script_trains_where_collect_reads_it(tmp_path):
         "from torch.utils.tensorboard import SummaryWriter\n"
         "hub = pathlib.Path(os.environ['HF_HOME'], 'hub', 'models--cleanrl--PongNoFrameskip-v4-dqn_atari-seed1')\n"
         "assert os.environ['HF_HUB_OFFLINE'] == '1' and (hub / 'snapshots/local/dqn_atari.cleanrl_model').exists()\n"
-        "SummaryWriter('runs/RUN').add_scalar('charts/episodic_return', len(sys.argv), 7)\n"
+        "with SummaryWriter('runs/RUN') as log:\n"
+        "    log.add_scalar('charts/episodic_return', len(sys.argv), 7)\n"
         "print(sys.argv[1:])\n"
         "sys.exit(3 * ('--seed=1' not in sys.argv))\n"
     )
