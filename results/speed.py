@@ -32,7 +32,7 @@ VARIANTS = {
     "cpu": ("--no-amp", "--amp"),
     "cuda": ("--no-capture --no-amp", "--no-amp", "--amp", "--no-amp --compile", "--amp --compile"),
 }
-MEMORY = {"host": "GB", "device": "GB"}
+MEMORY = ("host", "device")  # peaks in GB
 # Runs the script that is its first argument, then says how much of the GPU that took.
 RUNNER = """
 import runpy, sys
@@ -112,8 +112,8 @@ def measure(command: list, args: Args) -> dict[str, float]:
 
 def table_of(runs: dict[str, list[dict]]) -> str:
     """Medians of the runs of each variant, and their ratios to the other script's."""
-    columns = [f"{name}, {unit}" for name, unit in (PHASES | MEMORY).items()]
-    columns.insert(len(PHASES), "ms per offline update")
+    columns = [f"{phase}, {unit}" for phase, unit in PHASES.items()]
+    columns += ["ms per offline update", *(f"{kind}, GB" for kind in MEMORY)]
     rows = ["| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
     medians = {
         name: {column: statistics.median(run[column] for run in of_name) for column in of_name[0]}
