@@ -1,138 +1,80 @@
 #!/usr/bin/env bash
-# Games × seeds × kinds of run, on this machine or on a Slurm cluster; what is cut off goes on when this is started again.
+# Games × seeds × kinds of run, here or on a Slurm cluster; what is cut off is resumed when this is started again.
 usage='usage: ./benchmark.sh [option ...] [-- FLAG ...]
 
-  --env-ids ENV ...   default: Pong, BeamRider, Breakout (PongNoFrameskip-v4 ...)
+  --env-ids ENV ...   default: PongNoFrameskip-v4 BeamRiderNoFrameskip-v4 BreakoutNoFrameskip-v4
   --seeds SEED ...    default: 1 2 3
-  --kinds KIND ...    default: student scratch kickstart offline
-                        student    QDagger
-                        scratch    DQN with the same network and as many online steps: --teacher none
-                        kickstart  no offline phase: --offline-steps 0
-                        offline    no online phase: --total-timesteps 0
-  --workers N         runs at a time; default: what the memory of the GPUs allows, without one half the cores
-  --out DIR           default: benchmark; runs, logs, and results.csv for results/plot.py
+  --kinds KIND ...    default: student    QDagger
+                               scratch    DQN with the same network and as many online steps: --teacher none
+                               kickstart  no offline phase: --offline-steps 0
+                               offline    no online phase: --total-timesteps 0
+  --program PROGRAM   torch (default), jax, or the path of a fork of one of them
+  --workers N         runs at a time (default: one per GPU, without one per two cores)
   --games N           played by each final network (default: 30)
-  --slurm [OPTION ..] submit it to Slurm as a job array, with options of sbatch: --slurm --partition=gpu --time=24:00:00
-  --gpus-per-task N   there (default: 1; 0 where the cluster has none)
+  --out DIR           default: benchmark; python tools/plot.py DIR draws it
+  --slurm TEMPLATE    submit it as job arrays of this batch script: --slurm benchmark.slurm
   -- FLAG ...         flags of the program for every run: -- --total-timesteps 100000 --n-step 3
 
-A teacher buffer is made once and shared by the seeds of a game. Exit code: 0 if every run is finished, 1 if some failed.'
+The teacher buffer of a game is made once, before the runs that share it. Exit code: that of tools/run.py.'
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-# shellcheck source=results/attended.sh
-. "$root/results/attended.sh"
-python=${PYTHON:-python}
 env_ids=(PongNoFrameskip-v4 BeamRiderNoFrameskip-v4 BreakoutNoFrameskip-v4) seeds=(1 2 3)
-kinds=(student scratch kickstart offline)
-workers='' out=benchmark games=30 slurm='' sbatch=() gpus=1 task='' extra=()
+kinds=(student scratch kickstart offline) program=torch out=benchmark slurm='' extra=() grid=("$root/tools/run.py")
 
-fail() {
-    echo "error: $1" >&2
-    exit 2
-}
+fail() { echo "error: $1" >&2 && exit 2; }
 while [ $# -gt 0 ]; do
-    option=$1
+    option=$1 values=()
     shift
-    case $option in
-        -h | --help) echo "$usage" && exit ;;
-        --) extra=("$@") && break ;;
-        --slurm)
-            slurm=1
-            while [ $# -gt 0 ] && [ "$1" != -- ]; do sbatch+=("$1") && shift; done
-            continue
-            ;;
-    esac
-    values=()
-    while [ $# -gt 0 ] && [[ $1 != -* ]]; do values+=("$1") && shift; done
+    while [ $# -gt 0 ] && { [ "$option" = -- ] || [[ $1 != -* ]]; }; do
+        if [ -f "$1" ]; then values+=("$(realpath "$1")"); else values+=("$1"); fi # each run has a directory of its own
+        shift
+    done
+    if [ "$option" = --help ]; then echo "$usage" && exit; fi
     [ ${#values[@]} -gt 0 ] || fail "$option: a value is missing, or there is no such option; see --help"
     case $option in
+        --) extra=("${values[@]}") ;;
         --env-ids) env_ids=("${values[@]}") ;;
         --seeds) seeds=("${values[@]}") ;;
         --kinds) kinds=("${values[@]}") ;;
-        --workers) workers=${values[0]} ;;
+        --program) program=${values[0]} ;;
+        --workers | --games) grid+=("$option" "${values[0]}") ;;
         --out) out=${values[0]} ;;
-        --games) games=${values[0]} ;;
-        --gpus-per-task) gpus=${values[0]} ;;
-        --task) task=${values[0]} ;; # a line of DIR/runs, as Slurm runs it
+        --slurm) slurm=${values[0]} ;;
         *) fail "$option: no such option; see --help" ;;
     esac
 done
-for number in "${workers:-1}" "$games" "$gpus" "${seeds[@]}" "${task:-0}"; do
-    [[ $number =~ ^[0-9]+$ ]] || fail "$number: not a number; --workers, --games, --gpus-per-task and --seeds take whole ones"
-done
-for kind in "${kinds[@]}"; do
-    [[ " student scratch kickstart offline " == *" $kind "* ]] || fail "--kinds $kind: none of student, scratch, kickstart, offline"
-done
-mkdir -p "$out" || fail "--out $out: cannot be written"
-out=$(cd "$out" && pwd)
+if [ "$program" = torch ]; then program=$root/qdagger_dqn_atari_impalacnn.py; fi
+if [ "$program" = jax ]; then program=$root/qdagger_dqn_atari_jax_impalacnn.py; fi
+[ -f "$program" ] || fail "--program $program: there is no such file"
+grid+=(--program "$program")
 
-grid() { attended "$python" "$root/results/grid.py" --games "$games" --log "$out/log.txt" ${workers:+--workers "$workers"} "$@"; }
-
-if [ -n "$task" ]; then # one run, in a job of Slurm
-    directory=$(sed -n "$((task + 1))p" "$out/runs")
-    workers=1
-    if [[ $directory == */buffer-* ]]; then games=1; fi
-    code=0
-    grid "$directory" || code=$?
-    if [ "$asked" = USR1 ] && [ "$code" -gt 128 ]; then scontrol requeue "$SLURM_JOB_ID"; fi # its time is over
-    exit "$code"
-fi
-
-# plan DIRECTORY FLAG...: what is to run there. It is another benchmark if the flags are others.
-plan() {
-    mkdir -p "$1"
-    if [ -e "$1/flags" ] && ! printf '%s\n' "${@:2}" | cmp -s - "$1/flags"; then
-        fail "$1 was run with other flags; name another --out, or delete it"
-    fi
-    printf '%s\n' "${@:2}" >"$1/flags"
-}
-
-buffers=() runs=()
+mkdir -p "$out/buffers" && out=$(cd "$out" && pwd) && rm -f "$out"/{buffers,runs}.txt
+line() { printf '%q ' "$@" && echo; } # of a list for tools/run.py: a run's name and its flags
 for env_id in "${env_ids[@]}"; do
-    buffer=$out/buffers/$env_id.pt
-    if [[ " ${kinds[*]} " == *" student "* || " ${kinds[*]} " == *" offline "* ]]; then
-        mkdir -p "$out/buffers"
-        plan "$out/buffer-$env_id" --env-id "$env_id" "${extra[@]}" --seed 1 --save-model --teacher-buffer "$buffer" \
-            --offline-steps 1 --total-timesteps 0 --eval-episodes 1
-        if [ ! -e "$buffer" ]; then buffers+=("$out/buffer-$env_id"); fi
-    fi
-    for seed in "${seeds[@]}"; do
-        common=(--env-id "$env_id" "${extra[@]}" --seed "$seed" --save-model)
-        for kind in "${kinds[@]}"; do
-            case $kind in
-                student) flags=(--teacher-buffer "$buffer") ;;
-                scratch) flags=(--teacher none) ;;
-                kickstart) flags=(--offline-steps 0) ;;
-                offline) flags=(--teacher-buffer "$buffer" --total-timesteps 0) ;;
-            esac
-            plan "$out/$kind-$env_id-$seed" "${common[@]}" "${flags[@]}"
-            runs+=("$out/$kind-$env_id-$seed")
+    common=(--env-id "$env_id" "${extra[@]}") buffer=(--teacher-buffer "$out/buffers/$env_id.pt")
+    for kind in "${kinds[@]}"; do
+        case $kind in
+            student) flags=("${buffer[@]}") ;;
+            scratch) flags=(--teacher none) ;;
+            kickstart) flags=(--offline-steps 0) ;;
+            offline) flags=("${buffer[@]}" --total-timesteps 0) ;;
+            *) fail "--kinds $kind: none of student, scratch, kickstart, offline" ;;
+        esac
+        for seed in "${seeds[@]}"; do
+            line "$kind-$env_id-$seed" "${common[@]}" "${flags[@]}" --seed "$seed" --save-model >>"$out/runs.txt"
         done
     done
-done
-
-if [ -n "$slurm" ]; then
-    command -v sbatch >/dev/null || fail "--slurm: there is no sbatch on this machine"
-    printf '%s\n' "${buffers[@]}" "${runs[@]}" | sed '/^$/d' >"$out/runs"
-    first=${#buffers[@]} last=$((${#buffers[@]} + ${#runs[@]} - 1)) after=()
-    common=(--parsable --requeue --signal=B:USR1@300 --chdir="$out" --output="$out/slurm-%A_%a.out" --open-mode=append)
-    if [ "$gpus" != 0 ]; then common+=(--ntasks=1 --gpus-per-task="$gpus"); fi
-    # shellcheck disable=SC2016 # Slurm's shell expands it
-    printf -v wrapped 'exec bash %q --out %q --games %q --task $SLURM_ARRAY_TASK_ID' "$root/benchmark.sh" "$out" "$games"
-    submit() { PYTHON=$(command -v "$python") sbatch "${common[@]}" "${sbatch[@]}" "$@" --wrap "$wrapped"; }
-    if [ "$first" -gt 0 ]; then
-        job=$(submit --job-name=teacher-buffers --array="0-$((first - 1))")
-        echo "teacher buffers: job ${job%%;*}"
-        after=(--dependency="afterok:${job%%;*}")
+    if grep -q "^student-$env_id\|^offline-$env_id" "$out/runs.txt"; then # then its buffer comes first
+        flags=(--offline-steps 1 --total-timesteps 0 --eval-episodes 1)
+        line "buffer-$env_id" "${common[@]}" "${buffer[@]}" "${flags[@]}" >>"$out/buffers.txt"
     fi
-    job=$(submit --job-name=qdagger "${after[@]}" --array="$first-$last${workers:+%$workers}")
-    echo "${#runs[@]} runs: job ${job%%;*}; logs in $out/*/log. When they are done: $python $root/results/collect.py $out --stage results $out/*-*-v4-*/"
-    exit
-fi
-
-code=0
-if [ ${#buffers[@]} -gt 0 ]; then games=1 grid "${buffers[@]}" || code=$?; fi
-if [ "$code" -le 128 ]; then grid "${runs[@]}" || code=$?; fi
-"$python" "$root/results/collect.py" "$out" --stage results "${runs[@]}"
-exit "$code"
+done
+lists=("$out/runs.txt") after=()
+if [ -e "$out/buffers.txt" ]; then lists=("$out/buffers.txt" "${lists[@]}"); fi
+[ -n "$slurm" ] || exec "${PYTHON:-python}" "${grid[@]}" "${lists[@]}"
+for list in "${lists[@]}"; do
+    job=$(sbatch --parsable --chdir="$out" --array="1-$(wc -l <"$list")" "${after[@]}" "$slurm" "${grid[@]}" "$list")
+    after=(--dependency="afterok:${job%%;*}")
+    echo "$(wc -l <"$list") runs of $list: job ${job%%;*}"
+done

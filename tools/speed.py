@@ -1,19 +1,21 @@
-"""How fast every phase runs on this machine, for each way of running it, and beside another script of the same flags.
+"""How fast every phase runs on this machine, for each way of running it, and beside other scripts of the same flags.
 
-    python results/speed.py --out results/speed/NAME.json
-    python results/speed.py --against PATH/TO/OTHER.py --python PATH/TO/ITS/PYTHON
+    python tools/speed.py --out results/speed/NAME.json
+    python tools/speed.py --against "other script=ITS/bin/python PATH/TO/OTHER.py"
+    python tools/speed.py --against "JAX=python qdagger_dqn_atari_jax_impalacnn.py" --variants=--amp --no-amp
 
 Each run is a short training of all three phases in a process and a directory of its own. Steps per second come from the
 wall-clock times in its event file, so that start, evaluations and warm-up are left out. The numbers are medians over
-`repeats`; the variants take turns, so that a machine that slows down slows all of them. Peak memory is that of its
-process on the host, and what torch has reserved on the GPU.
+`repeats`; all take turns, so that a machine that slows down slows all of them. Peak memory is that of its process on
+the host, and what torch has reserved, or JAX has used, on the GPU. `python tools/plot.py results/speed --readme` writes
+the table into README.md, between the markers of that NAME.
 """
 
 import json
 import os
 import platform
 import re
-import shutil
+import shlex
 import statistics
 import subprocess
 import sys
@@ -24,9 +26,9 @@ from pathlib import Path
 
 import torch
 import tyro
+from run import PROGRAM, local_hub
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-PROGRAM = Path(__file__).resolve().parent.parent / "qdagger_dqn_atari_impalacnn.py"
 PHASES = {"teacher buffer": "steps/s", "offline": "updates/s", "online": "steps/s"}
 VARIANTS = {
     "cpu": ("--no-amp", "--amp"),
@@ -37,9 +39,14 @@ MEMORY = ("host", "device")  # peaks in GB
 RUNNER = """
 import runpy, sys
 sys.argv = sys.argv[1:]
-runpy.run_path(sys.argv[0], run_name="__main__")
-import torch  # not before the script, which may have a say in how
-print("peak device bytes:", torch.cuda.max_memory_reserved())
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+finally:
+    if "jax" in sys.modules:
+        peak = (sys.modules["jax"].local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0)
+    else:
+        peak = sys.modules["torch"].cuda.max_memory_reserved()
+    print("peak device bytes:", peak)
 """
 SKIPPED = 2  # of the intervals between two logged points: first calls compile, allocate and warm caches
 
@@ -47,10 +54,9 @@ SKIPPED = 2  # of the intervals between two logged points: first calls compile, 
 @dataclass
 class Args:
     env_id: str = "BreakoutNoFrameskip-v4"
-    teacher: Path | None = None  # a Nature-CNN state dict; unset: the bundled one
+    teacher: Path | None = None  # a Nature-CNN state dict called ENV_ID.cleanrl_model; unset: the bundled one
     variants: tuple[str, ...] = ()  # flags of this program, one run each; unset: VARIANTS of the device
-    against: Path | None = None  # another script of the same flags
-    python: Path = Path(sys.executable)  # that runs it
+    against: tuple[str, ...] = ()  # "NAME=PYTHON SCRIPT FLAG ..."; ratios are to the first of them
     teacher_steps: int = 4000
     offline_steps: int = 1000
     total_timesteps: int = 4000
@@ -60,14 +66,18 @@ class Args:
     out: Path | None = None  # write the table and every single number here, as JSON
 
 
-def local_hub(home: Path, env_id: str, teacher: Path) -> dict[str, str]:
-    """A hub cache in `home` that holds `teacher` as the default one of `env_id`; the variables that make it be used."""
-    repository = home / "hub" / f"models--cleanrl--{env_id}-dqn_atari-seed1"
-    (repository / "refs").mkdir(parents=True)
-    (repository / "refs" / "main").write_text("local")
-    (repository / "snapshots" / "local").mkdir(parents=True)
-    shutil.copy(teacher, repository / "snapshots" / "local" / "dqn_atari.cleanrl_model")
-    return {"HF_HOME": str(home), "HF_HUB_OFFLINE": "1"}
+def commands(args: Args) -> dict[str, list]:
+    """What is run for each row of the table: first this program's variants, then the other scripts."""
+    result = {}
+    for flags in args.variants or VARIANTS["cuda" if torch.cuda.is_available() else "cpu"]:
+        command = [sys.executable, "-c", RUNNER, PROGRAM, "--eval-episodes=1", *shlex.split(flags)]
+        result[f"this program {flags}".strip()] = command
+    for other in args.against:
+        name, _, command = other.partition("=")
+        python, script, *flags = shlex.split(command)
+        python = Path(python).absolute() if "/" in python else python
+        result[name] = [python, "-c", RUNNER, Path(script).resolve(), *flags]
+    return result
 
 
 def rate(events: EventAccumulator, tag: str) -> float:
@@ -89,18 +99,18 @@ def measure(command: list, args: Args) -> dict[str, float]:
     """One short training: steps or updates per second of each phase, and peak memory in GB."""
     names = ["env_id", "teacher_steps", "offline_steps", "total_timesteps", "learning_starts", "buffer_size"]
     flags = [f"--{name.replace('_', '-')}={getattr(args, name)}" for name in names] + ["--teacher-eval-episodes=1"]
+    teacher = args.teacher or PROGRAM.parent / "teachers" / f"{args.env_id}.cleanrl_model"
     with tempfile.TemporaryDirectory() as directory:
-        variables = os.environ | local_hub(Path(directory) / "home", args.env_id, args.teacher)
         log = Path(directory) / "log"
         with log.open("w") as file:
+            variables = os.environ | local_hub(Path(directory) / "home", teacher)
             process = subprocess.Popen([*command, *flags], cwd=directory, env=variables, stdout=file, stderr=file)
             _, status, usage = os.wait4(process.pid, 0)
-        if status:
-            raise SystemExit(f"{command} failed:\n{log.read_text()[-2000:]}")
-        (run,) = (Path(directory) / "runs").iterdir()
-        events = EventAccumulator(str(run), size_guidance={"scalars": 0})
-        events.Reload()
         progress = log.read_text()
+        if status:
+            raise SystemExit(f"{command} failed:\n{progress[-2000:]}")
+        (run,) = (Path(directory) / "runs").iterdir()
+        events = EventAccumulator(str(run), size_guidance={"scalars": 0}).Reload()
     return {
         "teacher buffer": teacher_buffer_rate(events, progress, args.teacher_steps),
         "offline": rate(events, "charts/offline/loss"),
@@ -110,22 +120,22 @@ def measure(command: list, args: Args) -> dict[str, float]:
     }
 
 
-def table_of(runs: dict[str, list[dict]]) -> str:
-    """Medians of the runs of each variant, and their ratios to the other script's."""
+def table_of(runs: dict[str, list[dict]], baseline: str = "") -> str:
+    """Medians of the runs of each row, and their ratios to those of `baseline`."""
     columns = [f"{phase}, {unit}" for phase, unit in PHASES.items()]
     columns += ["ms per offline update", *(f"{kind}, GB" for kind in MEMORY)]
-    rows = ["| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    lines = ["| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
     medians = {
         name: {column: statistics.median(run[column] for run in of_name) for column in of_name[0]}
         for name, of_name in runs.items()
     }
+    other = medians.get(baseline)
     for name, median in medians.items():
-        other = medians.get("other script", {})
         cells = [f"{median[p]:.1f}" + (f" ({median[p] / other[p]:.1f}×)" if other else "") for p in PHASES]
         cells += [f"{1000 / median['offline']:.1f}"]
         cells += [f"{median[kind]:.2f}" if median[kind] else "–" for kind in MEMORY]
-        rows.append(f"| {name} | " + " | ".join(cells) + " |")
-    return "\n".join(rows)
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
 
 
 def machine() -> dict[str, str | None]:
@@ -140,21 +150,14 @@ def machine() -> dict[str, str | None]:
 
 def main() -> None:
     args = tyro.cli(Args, description=__doc__)
-    args.teacher = args.teacher or PROGRAM.parent / "teachers" / f"{args.env_id}.cleanrl_model"
-    args.variants = args.variants or VARIANTS["cuda" if torch.cuda.is_available() else "cpu"]
-    commands = {
-        f"this program {flags}".strip(): [sys.executable, "-c", RUNNER, PROGRAM, "--eval-episodes=1", *flags.split()]
-        for flags in args.variants
-    }
-    if args.against:
-        commands["other script"] = [args.python.absolute(), "-c", RUNNER, args.against.resolve()]
-    runs: dict[str, list[dict]] = {name: [] for name in commands}
+    rows = commands(args)
+    runs: dict[str, list[dict]] = {name: [] for name in rows}
     for repeat in range(args.repeats):
-        for name, command in commands.items():
+        for name, command in rows.items():
             runs[name].append(measure(command, args))
             print(f"{repeat + 1}/{args.repeats} {name}: {runs[name][-1]}", file=sys.stderr)
 
-    table = table_of(runs)
+    table = table_of(runs, args.against[0].partition("=")[0] if args.against else "")
     print(table)
     if args.out:
         settings = {name: getattr(value, "name", value) for name, value in vars(args).items()}
