@@ -1,8 +1,5 @@
-"""benchmark.sh and results/reproduce.sh with tiny numbers: cut off and gone on with, here and on a real Slurm."""
+"""benchmark.sh: its grid, with a stand-in and with the program, and on a real Slurm."""
 
-import csv
-import fcntl
-import json
 import os
 import shutil
 import signal
@@ -10,246 +7,127 @@ import socket
 import subprocess
 import sys
 import time
-import zipfile
-from contextlib import closing
 from pathlib import Path
 
+import plot
 import pytest
-import torch
+from test_tools import FAKE, ROOT, calls, end, pid_of, start, wait_for
 
-ROOT = Path(__file__).resolve().parent.parent
-TEACHER = ROOT / "teachers" / "BreakoutNoFrameskip-v4.cleanrl_model"
-TINY = ["--teacher", TEACHER, "--network", "nature", "--total-timesteps", 600, "--learning-starts", 200]
-TINY += ["--buffer-size", 2000, "--eval-episodes", 1, "--teacher-eval-episodes", 1]
-TINY += ["--teacher-steps", 200, "--offline-steps", 20]
 GAME = "BreakoutNoFrameskip-v4"
+TEACHER = ROOT / "teachers" / f"{GAME}.cleanrl_model"
+WRITES_CHECKPOINT_PT = "checkpoint.pt" in (ROOT / "qdagger_dqn_atari_impalacnn.py").read_text()
 
 
-def start(script: str, *options, flags=(), **variables) -> subprocess.Popen:
-    command = ["bash", ROOT / script, *options, *(["--", *flags] if flags else [])]
-    return subprocess.Popen(
-        [str(part) for part in command],
-        env=os.environ | {"PYTHON": sys.executable} | variables,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
+def benchmark(out: Path, *options, **variables) -> subprocess.Popen:
+    command = ["bash", ROOT / "benchmark.sh", "--env-ids", GAME, "--out", out, "--games", 2, *options]
+    return start(*command, PYTHON=sys.executable, **variables)
 
 
-def end(process: subprocess.Popen, seconds: float = 300) -> tuple[int, str]:
-    said, _ = process.communicate(timeout=seconds)
-    return process.returncode, said
-
-
-def wait_for(condition, seconds: float = 200) -> None:
-    until = time.time() + seconds
-    while not condition():
-        assert time.time() < until, "it never came"
-        time.sleep(0.2)
-
-
-def steps_in(log: Path, phase: str) -> bool:
-    """Whether a progress bar of that phase has moved."""
-    text = log.read_text() if log.exists() else ""
-    return any(line.startswith(f"{phase}:") and " 0/" not in line for line in text.replace("\r", "\n").split("\n"))
-
-
-def scores(out: Path, stage: str) -> dict[str, float]:
-    with (out / f"{stage}.csv").open() as file:
-        return {row["run"]: float(row["value"]) for row in csv.DictReader(file) if row["tag"] == "score/mean"}
-
-
-def test_a_benchmark_is_stopped_killed_and_finished(tmp_path):
-    long = [*TINY, "--total-timesteps", 3000]
-    options = ["--env-ids", GAME, "--seeds", 1, "--kinds", "student", "scratch", "--workers", 2, "--games", 1]
-    options += ["--out", tmp_path]
-    student, scratch = (tmp_path / f"{kind}-{GAME}-1" for kind in ("student", "scratch"))
-
-    first = start("benchmark.sh", *options, flags=long)
-    wait_for(lambda: steps_in(student / "log", "online"))
-    first.terminate()
-    code, said = end(first)
-    assert code == 143 and f"{student.name}: stopped" in said
-    assert any(student.glob("runs/*/checkpoints/*.checkpoint")) and not (student / "score").exists()
-
-    second = start("benchmark.sh", *options, flags=long)
-    wait_for(lambda: "--resume" in (student / "log").read_text() and steps_in(scratch / "log", "online"))
-    os.killpg(second.pid, signal.SIGKILL)  # the runs themselves go on, without anybody who waits for them
-    second.wait()
-
-    code, said = end(start("benchmark.sh", *options, flags=long))
-    assert code == 0, said
-    assert set(scores(tmp_path, "results")) == {student.name, scratch.name}
-    assert len(list(student.glob("runs/*"))) == 1
-    before = (tmp_path / "log.txt").read_text()
-    code, said = end(start("benchmark.sh", *options, flags=long))  # nothing is left to do
-    assert code == 0 and "begins" not in said and (tmp_path / "log.txt").read_text() == before
-
-    code, said = end(start("benchmark.sh", *options, flags=[*long, "--gamma", 0.9]))
-    assert code == 2 and "other flags" in said
-
-
-def test_what_another_process_has_finished_meanwhile_is_left_alone(tmp_path):
-    run = tmp_path / f"scratch-{GAME}-1"
-    run.mkdir()
-    (run / "flags").write_text("--no-such-flag\n")
-    with (run / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        command = [sys.executable, ROOT / "results" / "grid.py", run, "--log", tmp_path / "log"]
-        grid = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-        wait_for(lambda: (tmp_path / "log").exists() and "waiting for it" in (tmp_path / "log").read_text())
-        (run / "score").write_text("1.00 ± 0.00 over 1 games")
-    assert end(grid)[0] == 0 and "begins" not in (tmp_path / "log").read_text()
-    assert not (run / "runs").exists() and not (run / "seconds").exists()
-
-
-def test_a_failed_run_is_named_with_its_log(tmp_path):
-    options = ["--env-ids", GAME, "--kinds", "scratch", "--seeds", 1, 2, "--out", tmp_path, "--workers", 2]
-    code, said = end(start("benchmark.sh", *options, flags=["--gamma", 3]))
-    assert code == 1
-    for seed in (1, 2):
-        run = tmp_path / f"scratch-{GAME}-{seed}"
-        assert f"FAILED: {run.name}, see {run / 'log'}" in said
-        assert "--gamma 3.0: must lie between 0 and 1" in (run / "log").read_text()
+def test_games_seeds_and_kinds_make_the_grid_and_share_a_buffer(tmp_path):
+    buffer, flags = tmp_path / "buffers" / f"{GAME}.pt", f"--env-id {GAME} --teacher {TEACHER} "
+    options = ["--program", FAKE, "--seeds", 1, 2, "--", "--teacher", os.path.relpath(TEACHER)]
+    code, said = end(benchmark(tmp_path, *options))
+    assert code == 0 and said.index(f"buffer-{GAME}: finished") < said.index("student")
+    assert buffer.read_text() == f"made by buffer-{GAME}"
+    of_kind = {"student": f"--teacher-buffer {buffer}", "scratch": "--teacher none", "kickstart": "--offline-steps 0"}
+    of_kind["offline"] = f"--teacher-buffer {buffer} --total-timesteps 0"
+    assert (tmp_path / "runs.txt").read_text().replace(" \n", "\n").splitlines() == [
+        f"{kind}-{GAME}-{seed} {flags}{of_kind[kind]} --seed {seed} --save-model" for kind in of_kind for seed in (1, 2)
+    ]
+    assert end(benchmark(tmp_path, *options)) == (0, "")
+    assert end(benchmark(tmp_path, *options, "--gamma", 3))[0] == 2
 
 
 @pytest.mark.parametrize(
-    ("script", "options", "words"),
+    "options, words",
     [
-        ("benchmark.sh", ["--seed", "1"], "--seed: no such option"),
-        ("benchmark.sh", ["--seeds", "one"], "one: not a number"),
-        ("benchmark.sh", ["--kinds", "teacher"], "--kinds teacher"),
-        ("results/reproduce.sh", ["--only", "learning"], "--only learning: no such stage"),
-        ("results/reproduce.sh", ["--minutes", "x"], "x: not a number"),
-        ("results/reproduce.sh", ["--out"], "--out: a value is missing"),
-        ("results/ablation.sh", ["--out"], "--out: a value is missing"),
-        ("results/ablation.sh", ["--seed", "1"], "--seed: no such option"),
+        (["--seed", "1"], "--seed: no such option"),
+        (["--seeds"], "--seeds: a value is missing"),
+        (["--kinds", "teacher"], "--kinds teacher: none of"),
+        (["--program", "none.py"], "--program none.py: there is no such file"),
     ],
 )
-def test_wrong_options_get_one_line(script, options, words, tmp_path):
-    code, said = end(start(script, *options))
+def test_wrong_options_get_one_line(options, words, tmp_path):
+    code, said = end(benchmark(tmp_path, *options))
     assert code == 2 and words in said and len(said.splitlines()) == 1
 
 
-def test_every_stage_of_reproduce(tmp_path):
-    out = tmp_path / "out"
-    options = ["--small", "--env-ids", GAME, "--seeds", 1, "--workers", 2, "--out", out]
-
-    code, said = end(start("results/reproduce.sh", *options, "--only", "teachers", "--minutes", 1))
-    assert code == 0, said  # a minute is short: 45 s of it are kept for checkpoints and summary
-    assert "stopped" in said or "begins" in said
-    code, said = end(start("results/reproduce.sh", *options, "--only", "teachers", "students", "controls"))
-    assert code == 0, said
-    assert set(scores(out, "teachers")) == {f"teacher-{GAME}-1"}
-    assert set(scores(out, "students")) == {f"student-{GAME}-1"}
-    assert set(scores(out, "controls")) == {f"scratch-{GAME}-1", f"offline-{GAME}-1"}
-    summary = (out / "SUMMARY.md").read_text()
-    assert f"| teacher-{GAME}-1 | finished | 1,200 |" in summary and torch.__version__.split("+")[0] in summary
-    files = list(out.iterdir())
-    assert len(files) <= 8 and all(file.is_file() and file.stat().st_size < 16e6 for file in files)
-    with zipfile.ZipFile(out / "weights.zip") as archive, archive.open(f"teacher-{GAME}-1.cleanrl_model") as file:
-        assert {value.dtype for value in torch.load(file, weights_only=True).values()} == {torch.float16}
-
-    shutil.rmtree(f"{out}.work")  # as on another machine, which has the small files alone
-    began = time.time()
-    code, said = end(start("results/reproduce.sh", *options, "--only", "teachers", "students", "controls"))
-    assert code == 0 and ": begins" not in said and time.time() - began < 100
-    assert scores(out, "students") and (out / "SUMMARY.md").read_text().count("finished") == 4
-
-
-def test_the_check_and_the_speed_stage_of_reproduce(tmp_path):
-    code, said = end(start("results/reproduce.sh", "--small", "--out", tmp_path / "out", "--only", "check", "speed"))
-    assert code == 0, said
-    check = json.loads((tmp_path / "out" / "check.json").read_text())
-    assert check["tests"] >= 5 and check["failures"] == check["errors"] == 0
-    speed = json.loads((tmp_path / "out" / "speed.json").read_text())
-    assert all(run["online"] > 0 for runs in speed["runs"].values() for run in runs)
-    assert speed["table"] in (tmp_path / "out" / "SUMMARY.md").read_text()
+def test_the_program_is_stopped_and_finishes(tmp_path):
+    flags = ["--teacher", TEACHER, "--network=nature", "--teacher-steps=200", "--offline-steps=20", "--eval-episodes=1"]
+    flags += ["--total-timesteps=400", "--learning-starts=200", "--buffer-size=2000", "--teacher-eval-episodes=1"]
+    options, run = ["--seeds", 1, "--kinds", "student", "--", *flags], tmp_path / f"student-{GAME}-1"
+    process = benchmark(tmp_path, *options)
+    wait_for(lambda: (run / "log").exists() and "online:   " in (run / "log").read_text())
+    process.terminate()
+    assert end(process)[0] == 143
+    code, said = end(benchmark(tmp_path, *options))
+    assert code == 0 and ("--resume" in said) == WRITES_CHECKPOINT_PT
+    plot.write_csv(tmp_path, tmp_path / "results.csv")
+    rows = plot.read_csv(tmp_path / "results.csv")
+    assert set(rows.run) == {run.name} and rows[rows.tag == "score/games"].value.item() == 2
+    assert plot.evaluations(rows).step.tolist() == [-20, 0, 400]
 
 
 @pytest.fixture
 def slurm(tmp_path):
-    """A Slurm cluster of this machine alone: munge, controller and node; the variables that lead to it."""
-    programs = ["munged", "mungekey", "slurmctld", "slurmd", "sbatch", "scontrol", "squeue", "scancel", "sinfo"]
-    missing = [program for program in programs if shutil.which(program) is None]
-    if missing:
-        pytest.skip(f"there is no {', '.join(missing)} (Debian: slurm-wlm)")
-    if os.geteuid() != 0:
-        pytest.skip("Slurm's daemons want root")
-    ports = []
-    for _ in range(2):
-        with closing(socket.socket()) as free:
-            free.bind(("127.0.0.1", 0))
-            ports.append(free.getsockname()[1])
+    """A Slurm cluster of this machine alone: the variables that lead to it, and what runs a command there."""
+    if os.geteuid() != 0 or not all(map(shutil.which, ("munged", "slurmctld", "slurmd"))):
+        pytest.skip("wants root and Slurm (Debian: slurm-wlm, munge)")
     home, host = tmp_path / "slurm", socket.gethostname().split(".")[0]
-    for name in ("state", "spool"):
-        (home / name).mkdir(parents=True)
+    (home / "state").mkdir(parents=True)
+    with socket.create_server(("127.0.0.1", 0)) as one, socket.create_server(("127.0.0.1", 0)) as other:
+        ports = one.getsockname()[1], other.getsockname()[1]
     settings = f"""
-        ClusterName=test
-        SlurmctldHost={host}(127.0.0.1)
-        SlurmctldPort={ports[0]}
-        SlurmdPort={ports[1]}
-        SlurmUser=root
-        AuthType=auth/munge
-        AuthInfo=socket={home}/munge.socket
-        ProctrackType=proctrack/linuxproc
-        TaskPlugin=task/none
-        SelectType=select/cons_tres
-        SelectTypeParameters=CR_Core
-        StateSaveLocation={home}/state
-        SlurmdSpoolDir={home}/spool
-        SlurmctldPidFile={home}/slurmctld.pid
-        SlurmdPidFile={home}/slurmd.pid
-        SlurmctldLogFile={home}/slurmctld.log
-        SlurmdLogFile={home}/slurmd.log
-        MailProg=/bin/true
-        NodeName={host} NodeAddr=127.0.0.1 CPUs=2 State=UNKNOWN
-        PartitionName=main Nodes={host} Default=YES State=UP
-    """
-    (home / "slurm.conf").write_text("\n".join(line.strip() for line in settings.splitlines()))
+ClusterName=test, SlurmUser=root, SlurmctldHost={host}(127.0.0.1), SlurmctldPort={ports[0]}, SlurmdPort={ports[1]}
+AuthType=auth/munge, AuthInfo=socket={home}/munge.socket, ProctrackType=proctrack/linuxproc, TaskPlugin=task/none
+SelectType=select/cons_tres, SelectTypeParameters=CR_Core, MailProg=/bin/true
+SlurmctldPidFile={home}/slurmctld.pid, SlurmctldLogFile={home}/slurmctld.log, StateSaveLocation={home}/state
+SlurmdPidFile={home}/slurmd.pid, SlurmdLogFile={home}/slurmd.log, SlurmdSpoolDir={home}/spool
+NodeName={host} NodeAddr=127.0.0.1 CPUs=2
+PartitionName=main Nodes={host} Default=YES State=UP
+"""
+    (home / "slurm.conf").write_text(settings.replace(", ", "\n"))
     variables = {"SLURM_CONF": str(home / "slurm.conf")}
 
     def run(*command) -> str:
         return subprocess.run(command, env=os.environ | variables, check=True, capture_output=True, text=True).stdout
 
-    munge = {name: f"{home}/munge.{name}" for name in ("key", "log", "pid", "seed", "socket")}
-    run("mungekey", "--create", f"--keyfile={munge['key']}")
+    files = [f"--{name}-file={home}/munge.{name}" for name in ("key", "log", "pid", "seed")]
+    run("mungekey", "--create", f"--keyfile={home}/munge.key")
     try:
-        run("munged", "--force", *(f"--{name}{'' if name == 'socket' else '-file'}={munge[name]}" for name in munge))
+        run("munged", "--force", f"--socket={home}/munge.socket", *files)
         run("slurmctld")
         run("slurmd", "-N", host)
-        wait_for(lambda: "idle" in run("sinfo", "-h", "-o", "%T"), 60)
+        wait_for(lambda: "idle" in run("sinfo", "-h", "-o", "%T"))
         yield variables, run
     finally:
         for name in ("slurmd", "slurmctld", "munge"):
-            pid = home / f"{name}.pid"
-            if pid.exists():
-                os.kill(int(pid.read_text()), signal.SIGTERM)
+            if (home / f"{name}.pid").exists():
+                os.kill(int((home / f"{name}.pid").read_text()), signal.SIGTERM)
         time.sleep(1)
 
 
 def test_slurm_runs_warns_requeues_and_finishes(slurm, tmp_path):
     variables, run = slurm
-    out = tmp_path / "out"
-    options = ["--env-ids", GAME, "--kinds", "student", "scratch", "--seeds", 1, "--out", out, "--games", 1]
-    options += ["--gpus-per-task", 0]
-    code, said = end(
-        start("benchmark.sh", *options, "--slurm", "--time=30", flags=[*TINY, "--total-timesteps", 2000], **variables)
+    template = (ROOT / "benchmark.slurm").read_text().replace("--cpus-per-task=4", "--cpus-per-task=1")
+    edited = tmp_path / "edited.slurm"  # for a cluster without GPUs
+    edited.write_text(
+        "".join(line for line in template.splitlines(True) if "--gpus" not in line and "--mem" not in line)
     )
-    assert code == 0, said
-    assert "teacher buffers: job" in said and "2 runs: job" in said
-    job = said.split("runs: job ")[1].split(";")[0]
-
-    student, scratch = (out / f"{kind}-{GAME}-1" for kind in ("student", "scratch"))
-    wait_for(lambda: steps_in(student / "log", "online"))
-    task = (out / "runs").read_text().split("\n").index(str(student))
-    run("scancel", "--signal=USR1", "--batch", f"{job}_{task}")  # as before its time is over
-    wait_for(lambda: "--resume" in (student / "log").read_text())  # it has written a checkpoint
-    wait_for(lambda: "PENDING" in run("squeue", "-h", "-o", "%T") or (student / "score").exists())
+    out = tmp_path / "out"
+    student, offline = out / f"student-{GAME}-1", out / f"offline-{GAME}-1"
+    options = ["--program", FAKE, "--seeds", 1, "--kinds", "student", "offline"]
+    code, said = end(benchmark(out, *options, "--slurm", edited, "--", "--slow", **variables))
+    assert code == 0 and f"1 runs of {out}/buffers.txt: job" in said and f"2 runs of {out}/runs.txt: job" in said
+    job = said.split("runs.txt: job ")[1].strip()
+    for task, directory in enumerate((student, offline), 1):
+        pid_of(directory)
+        run("scancel", "--signal=USR1", "--batch", f"{job}_{task}")  # as before its time is over
+    wait_for(lambda: run("squeue", "-h", "-o", "%T").split() == ["PENDING"] * 2)  # both have written a checkpoint
     time.sleep(5)  # a node takes no job whose end it has seen within the same second
-    run("scontrol", "update", f"JobId={job}_{task}", "StartTime=now")  # Slurm would wait for two minutes
-    wait_for(lambda: (student / "score").exists() and (scratch / "score").exists())
+    run("scontrol", "update", f"JobId={job}", "StartTime=now")  # Slurm would wait for two minutes
     wait_for(lambda: not run("squeue", "-h"))
-    assert len(list(student.glob("runs/*"))) == 1 and len((student / "seconds").read_text().split()) == 3
-    assert (out / "buffers" / f"{GAME}.pt").exists()
+    for directory in (student, offline):
+        assert (directory / "signals").read_text() == str(int(signal.SIGUSR1)) and (directory / "score").exists()
+        assert ["--resume" in call for call in calls(directory)] == [False, True, False]
+    assert (out / "buffers" / f"{GAME}.pt").read_text() == f"made by buffer-{GAME}"

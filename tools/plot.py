@@ -263,10 +263,15 @@ def labels_of(out: Path, rows: pd.DataFrame) -> dict[str, str]:
     return labels | {kind: kind for kind in rows.kind.unique() if kind not in labels}
 
 
+def json_tables(directory: Path) -> dict[str, str]:
+    """Those of tools/speed.py, by the names of their files."""
+    contents = {path.stem: json.loads(path.read_text()) for path in sorted(directory.glob("*.json"))}
+    return {name: content["table"] for name, content in contents.items() if "table" in content}
+
+
 def tables_of(directory: Path, out: Path) -> dict[str, str]:
     """Write the figures of a directory's runs; every table that it holds, by its marker's name."""
-    tables = {path.stem: json.loads(path.read_text()) for path in sorted(directory.glob("*.json"))}
-    tables = {name: content["table"].strip() for name, content in tables.items() if "table" in content}
+    tables = json_tables(directory)
     if any(directory.glob("*/start")):
         write_csv(directory, out / "results.csv")
     if not (out / "results.csv").exists():

@@ -161,6 +161,7 @@ def main() -> None:
     print(table)
     if args.out:
         settings = {name: getattr(value, "name", value) for name, value in vars(args).items()}
+        settings["against"] = [other.partition("=")[0] for other in args.against]
         args.out.parent.mkdir(parents=True, exist_ok=True)
         content = {"machine": machine(), "settings": settings, "table": table, "runs": runs}
         args.out.write_text(json.dumps(content, indent=1))

@@ -1,0 +1,262 @@
+"""tools/run.py, tools/plot.py, tools/speed.py, and whether the README's numbers are those of the results."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import pandas as pd
+import plot
+import pytest
+import speed
+from torch.utils.tensorboard import SummaryWriter
+
+matplotlib.use("agg")
+ROOT, FAKE = Path(plot.__file__).parents[1], Path(__file__).parent / "fake_program.py"
+TEACHER = ROOT / "teachers" / "PongNoFrameskip-v4.cleanrl_model"
+SLOW = "--save-model --slow"  # the stand-in trains until it is told to stop
+
+
+# ---- tools/run.py, with a stand-in for the program
+
+
+def start(*command, **variables) -> subprocess.Popen:
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen([str(word) for word in command], env=os.environ | variables, **pipes)
+
+
+def end(process: subprocess.Popen) -> tuple[int, str]:
+    said, _ = process.communicate(timeout=100)
+    return process.returncode, said
+
+
+def wait_for(condition, seconds: float = 60) -> None:
+    until = time.time() + seconds
+    while not condition():
+        assert time.time() < until, "it never came"
+        time.sleep(0.05)
+
+
+def pid_of(run: Path) -> int:
+    """Of its program, once it trains."""
+    wait_for((run / "pid").exists)
+    return int((run / "pid").read_text())
+
+
+def calls(run: Path) -> list[str]:
+    return (run / "calls").read_text().splitlines()
+
+
+@pytest.fixture
+def grid(tmp_path):
+    """grid(flags of each run, *options) starts tools/run.py; grid.runs are the directories of three runs."""
+
+    def start_grid(lines, *options, **variables) -> subprocess.Popen:
+        text = [f"{run.name} --env-id PongNoFrameskip-v4 {flags}\n" for run, flags in zip(start_grid.runs, lines)]
+        (tmp_path / "runs.txt").write_text("".join(text))
+        command = [sys.executable, ROOT / "tools/run.py", tmp_path / "runs.txt", "--program", FAKE, "--games=2"]
+        return start(*command, "--workers=1", *options, **variables)
+
+    start_grid.runs = [tmp_path / f"student-PongNoFrameskip-v4-{seed}" for seed in (1, 2, 3)]
+    return start_grid
+
+
+def test_every_run_is_trained_and_scored_and_what_is_finished_is_skipped(grid):
+    lines = ["--save-model", "--save-model --exp-name 'a b'", "--seed 3"]
+    assert end(grid(lines, "--line=3"))[0] == 0 and not grid.runs[0].exists()
+    code, said = end(grid(lines, "--workers=2", CUDA_VISIBLE_DEVICES="2,5"))
+    assert code == 0 and said.count("finished") == 2
+    for run, gpu in zip(grid.runs, "25"):
+        trained, evaluated = calls(run)
+        assert trained.startswith(gpu) and "--env-id PongNoFrameskip-v4 --eval-episodes 2" in evaluated
+        assert (run / "score").read_text() == "7.00 ± 1.50 over 2 games of PongNoFrameskip-v4\n"
+    assert "--exp-name a b" in calls(grid.runs[1])[0]
+    assert len(calls(grid.runs[2])) == 1  # without a model there is nothing to play with
+
+    assert end(grid(lines)) == (0, "")
+    code, said = end(grid(["--save-model --gamma 0.9"]))
+    assert code == 2 and "other flags" in said and len(said.splitlines()) == 1 and len(calls(grid.runs[0])) == 2
+
+
+def test_what_was_killed_is_resumed_once_nobody_is_at_work_there(grid):
+    run, before_its_first_checkpoint = grid.runs[0], grid.runs[0] / "runs" / "old"
+    before_its_first_checkpoint.mkdir(parents=True)
+    process, program = grid([SLOW]), pid_of(run)
+    process.kill()  # the program goes on, without anybody who waits for it
+    end(process)
+    code, said = end(grid([SLOW]))
+    assert code == 1 and "another process is at work there" in said and len(calls(run)) == 1
+    os.kill(program, signal.SIGKILL)
+    wait_for(lambda: end(grid([SLOW]))[0] == 0)
+    assert [re.findall("--slow|--resume|--evaluate", call)[0] for call in calls(run)[::2]] == ["--slow", "--evaluate"]
+    assert "--resume" in calls(run)[1] and not before_its_first_checkpoint.exists()
+
+
+def test_failed_runs_are_named_with_their_logs_and_stop_no_other(grid):
+    process, (failed, killed, fine) = grid(["--gamma 3", SLOW, "--save-model"]), grid.runs
+    os.kill(pid_of(killed), signal.SIGKILL)
+    code, said = end(process)
+    assert code == 1 and (fine / "score").exists() and "exit code -9" in said
+    for line, run in zip(said.splitlines()[-2:], (failed, killed)):
+        assert line.endswith(f"FAILED: {run.name}, see {run / 'log'}")
+    assert (failed / "log").read_text() == "error: --gamma 3: must lie between 0 and 1\n"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_is_passed_on_once_and_the_next_start_resumes(grid, number):
+    process, (stopped, waiting, _) = grid([SLOW, "--seed 2"]), grid.runs
+    pid_of(stopped)
+    process.send_signal(number)
+    code, said = end(process)
+    assert code == 128 + number and "FAILED" not in said
+    assert (stopped / "signals").read_text() == str(int(number)) and not waiting.exists()
+    assert end(grid([SLOW, "--seed 2"]))[0] == 0
+    assert "--resume" in calls(stopped)[1] and len(calls(waiting)) == 1
+
+
+def test_another_script_finds_our_teacher_on_its_hub(grid, tmp_path):
+    script = "import sys\nfrom huggingface_hub import hf_hub_download as download\n"
+    script += "print(download('cleanrl/PongNoFrameskip-v4-dqn_atari-seed1', 'dqn_atari.cleanrl_model'), sys.argv[1:])"
+    (tmp_path / "other.py").write_text(script)
+    options = ["--program", tmp_path / "other.py", "--python", sys.executable, "--hub-teacher", TEACHER]
+    assert end(grid(["--seed 1"], *options))[0] == 0
+    path, flags = (grid.runs[0] / "log").read_text().strip().split(" ", 1)
+    assert Path(path).read_bytes() == TEACHER.read_bytes()
+    assert flags == "['--env-id', 'PongNoFrameskip-v4', '--seed', '1']"
+
+
+# ---- tools/plot.py
+
+
+def made_up_run(run: Path, evaluations: list[float], score: str, updates: int) -> None:
+    """A run as tools/run.py leaves it, with so many offline updates, and an evaluation every 100 steps and 10 s."""
+    run.mkdir(parents=True)
+    (run / "start").write_text(json.dumps({"time": 1000.0, "command": []}))
+    (run / "score").write_text(score)
+    with SummaryWriter(run / "runs" / "RUN") as log:
+        if updates:
+            log.add_scalar("charts/teacher/avg_episodic_return", 20, 0, walltime=1000)
+            log.add_scalar("charts/offline/avg_episodic_return", evaluations[0], updates, walltime=1000)
+        for nth in range(1, len(evaluations)):
+            log.add_scalar("eval/episodic_return", evaluations[nth], updates + 100 * nth, walltime=1000 + 10 * nth)
+        for step in range(1200):
+            log.add_scalar("losses/loss", step, step, walltime=1000 + step)
+
+
+def test_event_files_and_the_csv_give_the_same_tables_and_figures(tmp_path, monkeypatch):
+    benchmark, out, readme = tmp_path / "benchmark", tmp_path / "made_up", tmp_path / "README.md"
+    for seed, score in ((1, 11), (2, 12)):
+        run, said = benchmark / f"student-PongNoFrameskip-v4-{seed}", f"{score}.00 ± 1.50 over 30 games of Pong"
+        made_up_run(run, [5, 10, 10 + 2 * seed], said, updates=1000)
+    made_up_run(benchmark / "scratch-PongNoFrameskip-v4-1", [0, -20, -19], "-19.50 ± 1.50 over 30 games", updates=0)
+    made_up_run(benchmark / "buffer-PongNoFrameskip-v4", [0], "", updates=1)
+    readme.write_text("before\n<!-- made_up: begin -->\nold\n<!-- made_up: end -->\nafter\n")
+    monkeypatch.setattr(plot, "README", readme)
+
+    def plotted(*arguments) -> tuple[str, dict[str, bytes]]:
+        monkeypatch.setattr(sys, "argv", ["plot.py", *map(str, arguments), "--readme"])
+        plot.main()
+        return readme.read_text(), {path.name: path.read_bytes() for path in out.iterdir()}
+
+    text, files = plotted(benchmark, "--out", out)
+    assert plotted(out) == (text, files)  # from the CSV alone
+    assert set(files) == {"results.csv", "scores.csv", "aggregates.csv", "curves.png", "aggregates.png"}
+    assert all(plot.plt.imread(out / name).std() > 0.05 for name in ("curves.png", "aggregates.png"))
+    assert text.startswith("before\n<!--") and text.endswith("-->\nafter\n") and "old" not in text
+    assert (
+        "| Pong | QDagger student | 11.5 ± 0.7 | 79% | 2 |\n| Pong | DQN from scratch, same network | -19.5 |" in text
+    )
+
+    rows = plot.read_csv(out / "results.csv")
+    loss = rows[(rows.run == "student-PongNoFrameskip-v4-2") & (rows.tag == "losses/loss")]
+    assert len(loss) == 400 and loss.step.max() == 1199 and (loss.step == loss.value).all()
+    points = plot.evaluations(rows).set_index("run")[["step", "value", "minutes"]]
+    assert points.loc["student-PongNoFrameskip-v4-2"].values.tolist() == [[0, 5, 0], [100, 10, 1 / 6], [200, 14, 1 / 3]]
+    assert points.loc["scratch-PongNoFrameskip-v4-1", "step"].tolist() == [100, 200]
+    table = plot.scores(rows).set_index(["kind", "seed"])
+    assert table.loc["student", "1"].human_normalised == pytest.approx((11 + 20.7) / (14.6 + 20.7))
+    assert table.loc["scratch", "1"].teacher_normalised == pytest.approx(1.2 / 40.7)
+
+
+@pytest.mark.parametrize("count, together", [(3, 1), (25, 8), (32, 10), (75, 10)])
+def test_a_run_without_evaluations_is_drawn_by_its_training_games(count, together):
+    points = plot.training_games(pd.DataFrame({"step": 10 * np.arange(count), "value": np.arange(count)}))
+    last = np.arange(together - 1, count, together)  # those that are left over make no point
+    assert (
+        points.step.tolist() == (10 * last).tolist() and points.value.tolist() == (last - (together - 1) / 2).tolist()
+    )
+
+
+def test_interquartile_mean_and_intervals_are_the_known_ones():
+    assert plot.interquartile_mean(np.arange(8.0)) == np.mean([2, 3, 4, 5])
+    games, rng = [level + np.linspace(-0.1, 0.1, 6) for level in (0.0, 1.0)], np.random.default_rng(1)
+    rows = [("student", "AB"[nth], seed, value, np.nan) for nth in (0, 1) for seed, value in enumerate(games[nth])]
+    table = pd.DataFrame(rows, columns=["kind", "game", "seed", *plot.MEASURES])
+    (row,) = plot.aggregates(table).itertuples()
+    assert (row.games, row.runs, row.iqm) == (2, 12, pytest.approx(0.5))
+    drawn = [np.sort(np.concatenate([rng.choice(game, 6) for game in games]))[3:9].mean() for _ in range(5000)]
+    assert [row.low, row.high] == pytest.approx(np.percentile(drawn, [2.5, 97.5]), abs=0.005)
+    assert plot.aggregates(table.query("seed == 0")).empty  # one seed has no interval
+    mean, half = plot.mean_and_interval(pd.DataFrame([[1.0, 2.0, 3.0], [5.0, np.nan, np.nan]]))
+    assert mean.tolist() == [2, 5] and half[0] == pytest.approx(4.302653 / np.sqrt(3)) and np.isnan(half[1])
+
+
+# ---- README
+
+
+def test_tables_of_the_readme_are_remade_from_what_is_committed():
+    made, pattern = {}, r"<!-- (\w+): begin -->\n(.*?)\n?<!-- \1: end -->"
+    for directory in (ROOT / "results").iterdir():
+        made |= plot.json_tables(directory)
+        if (directory / "results.csv").exists():
+            rows = plot.read_csv(directory / "results.csv")
+            made[directory.name] = plot.markdown(rows, plot.labels_of(directory, rows))
+    shown = dict(re.findall(pattern, plot.README.read_text(), flags=re.DOTALL))
+    assert made and made == {name: table for name, table in shown.items() if re.search(r"\d", table)}
+    for path in (ROOT / "results" / "speed").glob("*.json"):
+        content = json.loads(path.read_text())
+        if "runs" in content:
+            assert speed.table_of(content["runs"], "other script") == content["table"]
+
+
+def test_scores_of_teachers_are_those_of_their_cards():
+    for card in (ROOT / "teachers").glob("*.md"):
+        score = re.search(r"^\| score \| (-?[\d.]+ ± [\d.]+)", card.read_text(), re.MULTILINE)[1]
+        assert f"[{score}](teachers/{card.name})" in plot.README.read_text()
+
+
+# ---- tools/speed.py
+
+SCRIPT = """
+import sys
+from torch.utils.tensorboard import SummaryWriter
+assert "--env-id=PongNoFrameskip-v4" in sys.argv and "--learning-starts=400" in sys.argv
+faster = 1 + ("--amp" in sys.argv)
+with SummaryWriter("runs/RUN") as log:
+    log.add_scalar("charts/teacher/avg_episodic_return", 20, 0, walltime=1000)
+    for nth in range(10):
+        log.add_scalar("charts/offline/loss", 1, 100 * nth, walltime=1010 + 2 * nth / faster)
+        log.add_scalar("losses/td_loss", 1, 100 * nth, walltime=2000 + (4 * nth / faster if nth > 1 else -100))
+sys.exit(0)
+"""
+
+
+def test_speed_of_variants_and_of_another_script(tmp_path, monkeypatch):
+    script, out = tmp_path / "script.py", tmp_path / "speed.json"
+    script.write_text(SCRIPT)
+    monkeypatch.setattr(speed, "PROGRAM", script)
+    options = ["--env-id=PongNoFrameskip-v4", f"--teacher={TEACHER}", "--variants=--amp", "--repeats=1", f"--out={out}"]
+    monkeypatch.setattr(sys, "argv", ["speed.py", *options, f"--against=other script={sys.executable} {script}"])
+    speed.main()
+    content = json.loads(out.read_text())
+    (other,), (ours,) = content["runs"]["other script"], content["runs"]["this program --amp"]
+    assert [other[phase] for phase in speed.PHASES] == pytest.approx([400, 50, 25]) and other["host"] > 0.05
+    assert [ours[phase] for phase in speed.PHASES] == pytest.approx([400, 100, 50])
+    assert "| this program --amp | 400.0 (1.0×) | 100.0 (2.0×) | 50.0 (2.0×) | 10.0 |" in content["table"]
+    assert str(tmp_path) not in out.read_text()
