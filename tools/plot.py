@@ -73,7 +73,7 @@ def run_rows(directory: Path) -> list[tuple]:
 
 
 def write_csv(benchmark: Path, path: Path) -> None:
-    directories = sorted(start.parent for start in benchmark.glob("*/start"))
+    directories = sorted(start.parent for start in benchmark.glob("*-*NoFrameskip-v4-*/start"))
     rows = [row for directory in directories for row in run_rows(directory)]
     pd.DataFrame(rows, columns=COLUMNS).to_csv(path, index=False)
 
