@@ -23,9 +23,6 @@ TEACHER = ROOT / "teachers" / "PongNoFrameskip-v4.cleanrl_model"
 SLOW = "--save-model --slow"  # the stand-in trains until it is told to stop
 
 
-# ---- tools/run.py, with a stand-in for the program
-
-
 def start(*command, **variables) -> subprocess.Popen:
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     return subprocess.Popen([str(word) for word in command], env=os.environ | variables, **pipes)
@@ -45,7 +42,7 @@ def wait_for(condition, seconds: float = 60) -> None:
 
 def pid_of(run: Path) -> int:
     """Of its program, once it trains."""
-    wait_for((run / "pid").exists)
+    wait_for(lambda: (run / "pid").exists() and (run / "pid").read_text())
     return int((run / "pid").read_text())
 
 
@@ -131,9 +128,6 @@ def test_another_script_finds_our_teacher_on_its_hub(grid, tmp_path):
     assert flags == "['--env-id', 'PongNoFrameskip-v4', '--seed', '1']"
 
 
-# ---- tools/plot.py
-
-
 def made_up_run(run: Path, evaluations: list[float], score: str, updates: int) -> None:
     """A run as tools/run.py leaves it, with so many offline updates, and an evaluation every 100 steps and 10 s."""
     run.mkdir(parents=True)
@@ -207,9 +201,6 @@ def test_interquartile_mean_and_intervals_are_the_known_ones():
     assert mean.tolist() == [2, 5] and half[0] == pytest.approx(4.302653 / np.sqrt(3)) and np.isnan(half[1])
 
 
-# ---- README
-
-
 def test_tables_of_the_readme_are_remade_from_what_is_committed():
     made, pattern = {}, r"<!-- (\w+): begin -->\n(.*?)\n?<!-- \1: end -->"
     for directory in (ROOT / "results").iterdir():
@@ -230,8 +221,6 @@ def test_scores_of_teachers_are_those_of_their_cards():
         score = re.search(r"^\| score \| (-?[\d.]+ ± [\d.]+)", card.read_text(), re.MULTILINE)[1]
         assert f"[{score}](teachers/{card.name})" in plot.README.read_text()
 
-
-# ---- tools/speed.py
 
 SCRIPT = """
 import sys

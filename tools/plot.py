@@ -98,9 +98,8 @@ def evaluations(rows: pd.DataFrame) -> pd.DataFrame:
     """The points of the curves: step is in online steps, offline evaluations are at 0 and before."""
     points = []
     for _, run in rows.groupby("run"):
-        offline, online = (
-            run[run.tag == tag] for tag in ("charts/offline/avg_episodic_return", "eval/episodic_return")
-        )
+        offline = run[run.tag == "charts/offline/avg_episodic_return"]
+        online = run[run.tag == "eval/episodic_return"]
         if online.empty:
             online = training_games(run[run.tag == "charts/episodic_return"].sort_values("step"))
         updates = run[run.tag.str.startswith("charts/offline/")].step.max() if len(offline) else 0

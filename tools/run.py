@@ -31,12 +31,12 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import chain
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PROGRAM = ROOT / "qdagger_dqn_atari_impalacnn.py"
 SCORE = re.compile(r"-?[\d.]+ ± [\d.]+ over \d+ games.*")  # the last line of --evaluate
-STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 def say(message: str) -> None:
@@ -79,14 +79,18 @@ class Run:
         shutil.rmtree(self.directory / "runs", ignore_errors=True)  # cut off before its first checkpoint
         return self.flags
 
-    def start(self, variables: dict[str, str]) -> None:
-        """Do the next thing, in a session of its own, so that Ctrl-C reaches the program only through us."""
+    def start(self, variables: dict[str, str]) -> bool:
+        """Begin the next thing; False if another process is at work here."""
         self.directory.mkdir(parents=True, exist_ok=True)
         with self.log.open("a") as log, (self.directory / "lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # kept by the program too, in case that we are killed
-            if not (self.directory / "start").exists():
-                content = {"time": time.time(), "command": self.command}
-                (self.directory / "start").write_text(json.dumps(content))
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                say(f"{self.name}: another process is at work there")
+                return False
+            start = self.directory / "start"
+            if not start.exists():
+                start.write_text(json.dumps({"time": time.time(), "command": self.command}))
             flags = self.next_flags()
             say(f"{self.name}: {shlex.join(flags)}")
             self.process = subprocess.Popen(
@@ -96,12 +100,16 @@ class Run:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                pass_fds=[lock.fileno()],
-                start_new_session=True,
+                pass_fds=[lock.fileno()],  # the program keeps the lock, in case that we are killed
+                start_new_session=True,  # so that Ctrl-C reaches it only through us
             )
+        return True
 
-    def note_success(self) -> None:
-        """The training is done, or the games of the model."""
+    def ended(self) -> bool:
+        """Note what its process has done; whether there is something left to do."""
+        if self.process.returncode != 0:
+            say(f"{self.name}: ended with exit code {self.process.returncode}")
+            return False
         if self.trained.exists():
             self.score.write_text(SCORE.findall(self.log.read_text(errors="replace"))[-1] + "\n")
         else:
@@ -110,6 +118,7 @@ class Run:
                 self.score.touch()
         if self.finished:
             say(f"{self.name}: finished. {self.score.read_text().strip()}")
+        return not self.finished
 
 
 def read_list(path: Path, args: argparse.Namespace) -> list[Run]:
@@ -121,12 +130,12 @@ def read_list(path: Path, args: argparse.Namespace) -> list[Run]:
 
 
 def visible_gpus() -> list[str]:
-    query = ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"]
     if "CUDA_VISIBLE_DEVICES" in os.environ:
         return [gpu for gpu in os.environ["CUDA_VISIBLE_DEVICES"].split(",") if gpu]
-    if shutil.which(query[0]) is None:
+    if shutil.which("nvidia-smi") is None:
         return []
-    return subprocess.run(query, capture_output=True, text=True).stdout.split()
+    query = ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"]
+    return [line for line in subprocess.run(query, capture_output=True, text=True).stdout.split() if line.isdigit()]
 
 
 def local_hub(home: Path, teacher: Path) -> dict[str, str]:
@@ -149,22 +158,14 @@ def train(runs: list[Run], workers: int, variables: dict[str, str], stops: list[
     passed_on = 0
     while any(slots) or (waiting and not stops):
         for slot, run in enumerate(slots):
-            if run is not None and run.process.poll() is not None:
+            if run and run.process.poll() is not None:
                 slots[slot] = None
-                if run.process.returncode == 0:
-                    run.note_success()
-                    if not run.finished:
-                        waiting.insert(0, run)
-                else:
-                    say(f"{run.name}: ended with exit code {run.process.returncode}")
-            if slots[slot] is None and waiting and not stops:
+                if run.ended():
+                    waiting.insert(0, run)
+            if not slots[slot] and waiting and not stops:
                 gpu = {"CUDA_VISIBLE_DEVICES": gpus[slot % len(gpus)]} if gpus else {}
                 run = waiting.pop(0)
-                try:
-                    run.start(variables | gpu)
-                    slots[slot] = run
-                except BlockingIOError:
-                    say(f"{run.name}: another process is at work there")
+                slots[slot] = run if run.start(variables | gpu) else None
         for number in stops[passed_on:]:
             for run in filter(None, slots):
                 run.process.send_signal(number)
@@ -191,22 +192,16 @@ def main() -> int:
     args = parser.parse_args()
 
     stops: list[int] = []
-    for number in STOPS:
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, lambda number, _: stops.append(number))
     variables = local_hub(args.lists[0].parent / "hub", args.hub_teacher) if args.hub_teacher else {}
+    lists = [read_list(path, args) for path in args.lists]
+    for run in chain(*lists):
+        if run.is_another():
+            parser.exit(2, f"error: {run.directory} was started with other flags; delete it, or take another list\n")
     code = 0
-    for path in args.lists:
-        runs = read_list(path, args)
-        for run in runs:
-            if run.is_another():
-                print(
-                    f"error: {run.directory} was started with other flags; delete it, or take another list",
-                    file=sys.stderr,
-                )
-                return 2
-        code = train(runs, args.workers, variables, stops)
-        if code:
-            break
+    for runs in lists:
+        code = code or train(runs, args.workers, variables, stops)
     return code
 
 

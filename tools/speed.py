@@ -2,7 +2,7 @@
 
     python tools/speed.py --out results/speed/NAME.json
     python tools/speed.py --against "other script=ITS/bin/python PATH/TO/OTHER.py"
-    python tools/speed.py --against "JAX=python qdagger_dqn_atari_jax_impalacnn.py" --variants=--amp --no-amp
+    python tools/speed.py --against "JAX=python qdagger_dqn_atari_jax_impalacnn.py" --variants=--no-amp --variants=--amp
 
 Each run is a short training of all three phases in a process and a directory of its own. Steps per second come from the
 wall-clock times in its event file, so that start, evaluations and warm-up are left out. The numbers are medians over
@@ -149,7 +149,7 @@ def machine() -> dict[str, str | None]:
 
 
 def main() -> None:
-    args = tyro.cli(Args, description=__doc__)
+    args = tyro.cli(Args, description=__doc__, config=(tyro.conf.UseAppendAction,))
     rows = commands(args)
     runs: dict[str, list[dict]] = {name: [] for name in rows}
     for repeat in range(args.repeats):
