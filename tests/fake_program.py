@@ -28,7 +28,8 @@ if "--resume" not in flags and "--slow" in flags and "--save-model" in flags:  #
         signal.signal(number, lambda number, _: signals.append(number))
     (run / "checkpoint.pt").touch()
     Path("pid").write_text(str(os.getpid()))
-    while not signals:
+    given_up = time.time() + 100
+    while not signals and time.time() < given_up:
         time.sleep(0.02)
     time.sleep(0.5)  # as a checkpoint takes its time
     Path("signals").write_text(" ".join(map(str, signals)))

@@ -188,7 +188,7 @@ def test_a_run_without_evaluations_is_drawn_by_its_training_games(count, togethe
 
 
 def test_interquartile_mean_and_intervals_are_the_known_ones():
-    assert plot.interquartile_mean(np.arange(8.0)) == np.mean([2, 3, 4, 5])
+    assert plot.interquartile_mean(np.arange(8.0) ** 2) == np.mean([4, 9, 16, 25])
     games, rng = [level + np.linspace(-0.1, 0.1, 6) for level in (0.0, 1.0)], np.random.default_rng(1)
     rows = [("student", "AB"[nth], seed, value, np.nan) for nth in (0, 1) for seed, value in enumerate(games[nth])]
     table = pd.DataFrame(rows, columns=["kind", "game", "seed", *plot.MEASURES])

@@ -17,6 +17,7 @@ seeds in curves (Student's t), and of interquartile means by a bootstrap stratif
 import argparse
 import json
 import re
+from itertools import cycle
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -45,7 +46,8 @@ STYLES = [  # colours that the colour-blind tell apart (Okabe and Ito); marker a
     ("#000000", "x", ":"),
     ("#56B4E9", "P", "-."),
 ]
-RANDOM_AND_HUMAN = {"Breakout": (1.7, 30.5), "Pong": (-20.7, 14.6), "BeamRider": (363.9, 16926.5)}  # Mnih et al., 2015
+RANDOM = {"Breakout": 1.7, "Pong": -20.7, "BeamRider": 363.9}  # returns in Mnih et al., 2015
+HUMAN = {"Breakout": 30.5, "Pong": 14.6, "BeamRider": 16926.5}
 MEASURES = ("human_normalised", "teacher_normalised")
 
 
@@ -79,10 +81,12 @@ def write_csv(benchmark: Path, path: Path) -> None:
 
 
 def read_csv(path: Path) -> pd.DataFrame:
-    """All rows, with the columns kind, game and seed; of runs that are called otherwise, none."""
-    rows = pd.read_csv(path)
+    """All rows, with the columns kind, game and seed."""
+    rows = pd.read_csv(path, dtype={"run": str})
+    if rows.empty:
+        raise SystemExit(f"error: {path}: no run has logged anything yet")
     rows[["kind", "game", "seed"]] = rows.run.str.extract(r"(\w+)-(\w+?)NoFrameskip-v4-(\d+)")
-    return rows.dropna(subset="kind")
+    return rows
 
 
 # ---- Curves
@@ -140,20 +144,21 @@ def curves(rows: pd.DataFrame, labels: dict[str, str], path: Path) -> None:
     figure, panels = plt.subplots(len(games), 2, figsize=(10, 3.4 * len(games)), squeeze=False, sharey="row")
     for game, (by_step, by_time) in zip(games, panels):
         of_game = points[points.game == game]
-        for (kind, label), style in zip(labels.items(), STYLES):
+        for (kind, label), style in zip(labels.items(), cycle(STYLES)):
             of_kind = of_game[of_game.kind == kind]
             if not of_kind.empty:
                 draw_curve(by_step, of_kind[of_kind.step >= 0], "step", label, style)
             if of_kind.minutes.notna().any():
                 draw_curve(by_time, of_kind, "minutes", label, style)
-        teacher, (chance, _) = teacher_return(rows, game), RANDOM_AND_HUMAN.get(game, (np.nan, np.nan))
+        teacher, chance = teacher_return(rows, game), RANDOM.get(game, np.nan)
         for axes in (by_step, by_time):
             axes.axhline(teacher, color="black", linewidth=1, linestyle=(0, (1, 1)), label="the teacher")
             axes.axhline(chance, color="grey", linewidth=1, linestyle=(0, (5, 2, 1, 2)), label="random play")
             axes.grid(alpha=0.3)
-        low, high = np.nanmin([*of_game.value, teacher, chance]), np.nanmax([*of_game.value, teacher, chance])
-        margin = 0.05 * (high - low)
-        by_step.set_ylim(low - margin, high + margin)  # an interval of few seeds can be far wider
+        shown = pd.Series([*of_game.value, teacher, chance]).dropna()
+        margin = 0.05 * (shown.max() - shown.min())
+        if margin > 0:  # an interval of few seeds can be far wider
+            by_step.set_ylim(shown.min() - margin, shown.max() + margin)
         by_step.set_ylabel(f"return, {game}")
         by_step.xaxis.set_major_formatter(lambda x, _: f"{x / 1e6:g}M" if abs(x) >= 1e6 else f"{x / 1e3:g}k")
     panels[-1][0].set_xlabel("online steps")
@@ -171,9 +176,8 @@ def curves(rows: pd.DataFrame, labels: dict[str, str], path: Path) -> None:
 def scores(rows: pd.DataFrame) -> pd.DataFrame:
     """The final score of every finished run, raw and normalised by human and by the teacher, both above random."""
     table = rows[rows.tag == "score/mean"][["kind", "game", "seed", "value"]].rename(columns={"value": "score"})
-    limits = table.game.map(RANDOM_AND_HUMAN)
-    chance, human = limits.str[0].astype(float), limits.str[1].astype(float)
-    teacher = table.game.map({game: teacher_return(rows, game) for game in table.game.unique()})
+    chance, human = table.game.map(RANDOM).astype(float), table.game.map(HUMAN).astype(float)
+    teacher = table.game.map(lambda game: teacher_return(rows, game)).astype(float)
     table["human_normalised"] = (table.score - chance) / (human - chance)
     table["teacher_normalised"] = ((table.score - chance) / (teacher - chance)).where(teacher > chance)
     return table.sort_values(["game", "kind", "seed"]).reset_index(drop=True)
@@ -205,7 +209,7 @@ def aggregates(table: pd.DataFrame) -> pd.DataFrame:
 def aggregate_figure(table: pd.DataFrame, labels: dict[str, str], path: Path) -> None:
     """Interquartile means and their intervals, one panel per normalisation."""
     figure, panels = plt.subplots(1, 2, figsize=(10, 2.6), sharey=True)
-    styles = {kind: style for kind, style in zip(labels, STYLES) if kind in set(table.kind)}
+    styles = {kind: style for kind, style in zip(labels, cycle(STYLES)) if kind in set(table.kind)}
     for axes, measure in zip(panels, MEASURES):
         of_measure = table[table.measure == measure].set_index("kind")
         for y, (kind, (color, marker, _)) in enumerate(styles.items()):
