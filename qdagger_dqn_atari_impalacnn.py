@@ -38,7 +38,9 @@ from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # threads of torch that have to wait let games play sooner
+os.environ.setdefault(
+    "GOMP_SPINCOUNT", "10000"
+)  # torch's threads sleep soon when they wait, and leave the cores to the games
 
 import ale_py
 import cv2
@@ -55,7 +57,7 @@ from tqdm import tqdm
 gym.register_envs(ale_py)
 ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)
 
-# CPUs that are faster in bfloat16: those with AMX, and of those with AVX-512 instructions for it AMD's.
+# CPUs that are faster in bfloat16: Intel's with AMX, AMD's with the AVX-512 instructions for it.
 CPU = {} if torch.cuda.is_available() else getattr(torch.cpu, "get_capabilities", dict)()
 FAST_BFLOAT16 = CPU.get("amx_bf16", False) or (CPU.get("avx512_bf16", False) and "AMD" in CPU.get("cpu_name", ""))
 
@@ -70,8 +72,8 @@ class Args:
     track: bool = False  # follow the run on Weights & Biases as well (extra `track`)
     wandb_project_name: str = "cleanRL"  # its project there
     wandb_entity: str | None = None  # its user or team there
-    capture_video: bool = False  # film a game of the final evaluation to runs/RUN/videos (extra `video`)
-    save_model: bool = False  # write the network to runs/RUN/ at each evaluation and at the end
+    capture_video: bool = False  # film a game of each evaluation to runs/RUN/videos (extra `video`)
+    save_model: bool = False  # write the network to runs/RUN/ at each evaluation and checkpoint
     upload_model: bool = False  # upload the saved model to the Hugging Face hub at the end
     hf_entity: str = ""  # user or organisation there; empty: the one logged in
 
@@ -118,7 +120,7 @@ class Args:
     compile: bool = False  # let torch.compile fuse the networks; needs a C++ compiler, and minutes at the start
 
     # checkpoints and evaluation
-    checkpoint_frequency: int | None = None  # steps or updates per checkpoint; unset: 10 minutes; 0: at the end only
+    checkpoint_frequency: int | None = None  # steps or updates per checkpoint; unset: 10 minutes; 0: ends of phases
     resume: str | None = None  # go on with this run, runs/RUN, from its last checkpoint, with its flags
     eval_frequency: int = 500_000  # online steps between evaluations; 0: at the end only
     eval_episodes: int = 10  # games in each of them
@@ -262,7 +264,7 @@ class FrameReplay:
     Row t holds, for every environment, the newest frame of its observation and what was done there; the next
     observation is that of row t + 1. A stack never reaches into an older episode but repeats its own first frame.
     A truncated step is never drawn, since what it led to is not stored: returns stop before it and bootstrap from where
-    it was taken. So it is with steps that the agent did not choose, and with the last before a run was resumed.
+    it was taken. The same holds for steps that the agent did not choose, and for the last one before a run was resumed.
     """
 
     FIELDS = ("actions", "rewards", "terminations", "truncations", "teacher_q_values")  # beside the frames
@@ -274,9 +276,9 @@ class FrameReplay:
         size, zeros = self.rows * num_envs, partial(torch.zeros, device=device)
         with user_error("--buffer-size, --teacher-steps: too large for the memory"):
             self.frames = torch.empty((size, SIDE * SIDE), dtype=torch.uint8, device=device)
-        self.actions, self.rewards = zeros(size, dtype=torch.int64), zeros(size)
-        self.terminations, self.truncations = zeros(size, dtype=torch.bool), ~zeros(size, dtype=torch.bool)
-        self.teacher_q_values = zeros((size, num_actions))
+            self.actions, self.rewards = zeros(size, dtype=torch.int64), zeros(size)
+            self.terminations, self.truncations = zeros(size, dtype=torch.bool), ~zeros(size, dtype=torch.bool)
+            self.teacher_q_values = zeros((size, num_actions))
         self.written = zeros((), dtype=torch.int64)  # rows; a tensor, since a CUDA graph would freeze a number
         if state:
             self.load_state_dict(state)
@@ -307,7 +309,7 @@ class FrameReplay:
         ahead = torch.arange(n_step, device=self.device)
         window = self.slots(times[:, None] + ahead, envs[:, None])  # (batch, n_step)
         terminations, truncations = self.terminations[window].long(), self.truncations[window].long()
-        counted = terminations.cumsum(1) - terminations + truncations.cumsum(1) == 0  # also the step that terminates
+        counted = (terminations.cumsum(1) - terminations + truncations.cumsum(1)) == 0  # the terminating step as well
         here, steps = window[:, 0], counted.sum(1)
         returns = (self.rewards[window] * counted * gamma**ahead).sum(1)
         discounts = gamma**steps * ~(terminations * counted).any(1)
@@ -315,7 +317,7 @@ class FrameReplay:
         return Batch(obs, self.actions[here], returns, discounts, next_obs, self.teacher_q_values[here])
 
     def stacks(self, times: torch.Tensor, envs: torch.Tensor) -> torch.Tensor:
-        """Observations uint8 (batch, 4, 84, 84) at these rows of these environments."""
+        """Observations uint8 (batch, 4, 84, 84) at these rows. One that was never written counts as truncated."""
         back = torch.arange(STACK, device=self.device)
         before = self.slots(times[:, None] - back[1:], envs[:, None])  # the three rows before, the nearest first
         age = ((self.terminations[before] | self.truncations[before]).cumsum(1) == 0).sum(1)  # those of this episode
@@ -370,14 +372,14 @@ class AtariGames:
         self.obs = self.grey()[:, None].repeat(STACK, axis=1)  # what to act on, uint8 (num_envs, 4, 84, 84)
 
     def grey(self) -> np.ndarray:
-        """uint8 (num_envs, 84, 84), by the reference's two calls, for one tall picture of all games."""
+        """uint8 (num_envs, 84, 84): the reference's two calls for one tall picture of all games, which do not mix."""
         tall = cv2.cvtColor(self.images.reshape(-1, *self.images.shape[-2:]), cv2.COLOR_RGB2GRAY)
         return cv2.resize(tall, (SIDE, SIDE * len(self.images)), interpolation=cv2.INTER_AREA).reshape(-1, SIDE, SIDE)
 
     def step_async(self, actions: np.ndarray) -> None:
         """Begin a step with these actions, int64 (num_envs,), but where a game or life is to be launched."""
         self.forced = self.launching > 0
-        self.actions = np.where(self.forced, self.launch[-self.launching], actions)
+        self.actions = np.where(self.forced, self.launch[-self.launching], actions)  # `launch` from behind
         self.launching -= self.forced
         self.emulators.send(self.actions)
 
@@ -413,7 +415,7 @@ def evaluate(network: Callable, args: Args, episodes: int, device, epsilon=None,
                 raise KeyboardInterrupt(stop[0], "stopped")
             obs = torch.as_tensor(games.obs, device=device)
             actions = act(network, generator, obs, args.end_e if epsilon is None else epsilon)[0].cpu().numpy()
-            actions_of_first.append(actions[:1])
+            actions_of_first.append(int(actions[0]))
             games.step_async(actions)
             for env, game_return, _ in games.step_wait()[-1]:
                 if left[env] > 0:
@@ -458,18 +460,18 @@ class Learner(nn.Module):
         with torch.no_grad():
             next_q_values = self.q_values(batch.next_obs, self.target_network)
         q_values = self.q_values(batch.obs)
-        losses = qdagger_loss(q_values, next_q_values, batch, self.distill_weight, args.temperature, args.huber)
+        loss, td, kl = qdagger_loss(q_values, next_q_values, batch, self.distill_weight, args.temperature, args.huber)
         self.optimizer.zero_grad()
-        losses[0].backward()
+        loss.backward()
         self.optimizer.step()
-        metrics = zip(("loss", "td_loss", "distill_loss", "q_values"), (*losses, q_values.mean()))
-        self.metrics = {name: value.detach() for name, value in metrics}
+        metrics = {"loss": loss, "td_loss": td, "distill_loss": kl, "q_values": q_values.mean()}
+        self.metrics = {name: value.detach() for name, value in metrics.items()}
 
     def read_metrics(self) -> dict[str, float]:
         """Those of the last gradient step, fetched from the device; UserError if its loss is not finite."""
         values = {name: value.item() for name, value in self.metrics.items()}
         if not math.isfinite(values.get("loss", 0.0)):
-            raise UserError(f"the loss is {values['loss']}: try a smaller --learning-rate; no checkpoint has it")
+            raise UserError(f"the loss is {values['loss']}: start anew with a smaller --learning-rate")
         return values
 
     @torch.no_grad()
@@ -487,7 +489,7 @@ class Progress:
     seconds: float = 0.0  # spent on online steps, evaluations excluded
     teacher_return: float = 0.0  # mean of its games
     baseline_return: float = 0.0  # mean of random play's, if that is the baseline
-    distilling: bool = False  # whether lambda may still be above 0
+    distilling: bool = False  # False is for good: the teacher is asked no more, and its stored Q-values go stale
     recent_returns: list[float] = field(default_factory=list)  # of the last 10 whole online games
     evaluated: int = 0  # step of this phase's last evaluation
     scores: list[float] = field(default_factory=list)  # of its games
@@ -515,8 +517,8 @@ class Run:
         for tag, value in scalars.items():
             self.writer.add_scalar(tag, value, step)
 
-    def due(self, steps: int) -> bool:
-        """Whether to save, with so many more steps done: unless told otherwise, at most 1% of the time goes into it."""
+    def time_to_save(self, steps: int) -> bool:
+        """Whether it is, with so many more steps done: unless told otherwise, at most 1% of the time goes into it."""
         self.steps += steps
         time_is_up = time.monotonic() - self.time > max(600, 100 * self.cost)
         return time_is_up if self.frequency is None else 0 < self.frequency <= self.steps
@@ -545,6 +547,7 @@ def train(args: Args, stop: Sequence[int] = ()) -> Path:
     torch.backends.cudnn.deterministic = args.torch_deterministic
     graphed = Graphed if args.capture and on_gpu else lambda function, generator: function
     learner, progress, teacher = Learner(args, num_actions, device), Progress(), None
+    FrameReplay(args.buffer_size, args.num_envs, num_actions, device)  # if there is no room, that is better known now
     facts = {"device": str(device), "torch": str(torch.__version__)}
 
     # Phase 0: the teacher is found and measured. A run that is resumed has that behind it.
@@ -557,13 +560,13 @@ def train(args: Args, stop: Sequence[int] = ()) -> Path:
             learner.generator.set_state(saved["generator"])
     elif args.teacher != "none":
         path, reason = find_teacher(args)
+        teacher = load_network(path, num_actions, "--teacher").to(device)
         facts |= {"teacher_file": f"{path}, {reason}", "teacher_sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
         print(f"teacher: {facts['teacher_file']}")
-        teacher = load_network(path, num_actions, "--teacher").to(device)
-        play = partial(evaluate, teacher, args, args.teacher_eval_episodes, device, stop=stop)
+        play_games = partial(evaluate, teacher, args, args.teacher_eval_episodes, device, stop=stop)
         progress = Progress(phase=1 if args.offline_steps > 0 else 3, distilling=True)
-        progress.teacher_return = float(np.mean(play()))
-        progress.baseline_return = float(np.mean(play(epsilon=1.0))) if args.return_baseline == "random" else 0.0
+        progress.teacher_return = float(np.mean(play_games()))
+        progress.baseline_return = float(np.mean(play_games(epsilon=1.0))) if args.return_baseline == "random" else 0.0
         means = f"mean return {progress.teacher_return:.2f}, baseline {progress.baseline_return:.2f}"
         print(f"teacher: {means}")
         if progress.teacher_return <= progress.baseline_return:
@@ -575,17 +578,17 @@ def train(args: Args, stop: Sequence[int] = ()) -> Path:
         bar = tqdm(total=total, initial=progress.step, desc=name, unit="update" if name == "offline" else "step")
         while True:
             at_end, logged = progress.step >= total, progress.offset + progress.step
-            evaluating = tag and (at_end or due(progress.step - stride, stride, every))
+            evaluating = tag and (at_end or due(progress.step - stride, stride, every))  # at step 0 too
             if evaluating and progress.evaluated != progress.step:  # if not done right before the run was resumed
                 video = run.directory / "videos" / f"{logged}.mp4" if args.capture_video else None
                 with suppress(KeyboardInterrupt):  # a checkpoint first
                     scores = evaluate(learner.q_values, args, args.eval_episodes, device, video=video, stop=stop)
                     progress.evaluated, progress.scores = progress.step, scores
                     run.log(logged, {tag: np.mean(scores)})
-            if evaluating and args.save_model:
-                write(learner.q_network.state_dict(), run.directory / f"{args.exp_name}.cleanrl_model")
-            if stop or at_end or run.due(stride):
+            if evaluating or stop or at_end or run.time_to_save(stride):
                 learner.read_metrics()  # nothing is kept that has diverged
+                if args.save_model:
+                    write(learner.q_network.state_dict(), run.directory / f"{args.exp_name}.cleanrl_model")
                 state = {"args": asdict(args), "facts": facts, "progress": asdict(progress)}
                 state |= {"networks": learner.state_dict(), "optimizer": learner.optimizer.state_dict()["state"]}
                 state |= {"generator": learner.generator.get_state(), "replay": replay.state_dict()}
@@ -635,9 +638,8 @@ def train(args: Args, stop: Sequence[int] = ()) -> Path:
             if step % args.target_network_frequency == 0:
                 learner.update_target(args.tau)
             if step % 100 == 0:
-                losses = learner.read_metrics()
-                tags = {"loss": "loss", "q_loss": "td_loss", "distill_loss": "distill_loss"}
-                run.log(step, {f"charts/offline/{tag}": losses[name] for tag, name in tags.items()})
+                losses = {name.replace("td_", "q_"): value for name, value in learner.read_metrics().items()}
+                run.log(step, {f"charts/offline/{name}": value for name, value in losses.items() if "loss" in name})
                 bar.set_postfix_str(f"return={np.mean(progress.scores):.1f}, λ=1.00", refresh=False)
         learner.update_target(tau=1.0)
         progress.phase, progress.step, progress.evaluated, progress.offset = 3, 0, 0, args.offline_steps
@@ -754,7 +756,7 @@ def load_teacher_buffer(path: Path, made_with: dict, replay: FrameReplay) -> Non
 def write(content: dict, path: Path) -> None:
     """torch.save beside `path`, to the disk, then rename: never half a file. UserError if there is no room."""
     part = path.with_name(path.name + ".part")
-    with user_error(f"cannot write {path}, make room and --resume"):
+    with user_error(f"cannot write {path}; once it can be written, --resume"):
         with part.open("wb") as file:
             torch.save(content, file)
             file.flush()
@@ -802,7 +804,7 @@ class Graphed:
         return self.outputs
 
 
-def film(args: Args, seed: int, actions: list[np.ndarray], path: Path) -> None:
+def film(args: Args, seed: int, actions: list[int], path: Path) -> None:
     """Play the first game of this seed and these actions again, and write what is seen, in colour (extra `video`)."""
     from moviepy.video.io.ffmpeg_writer import FFMPEG_VideoWriter
 
@@ -811,7 +813,7 @@ def film(args: Args, seed: int, actions: list[np.ndarray], path: Path) -> None:
     with FFMPEG_VideoWriter(str(path), games.images.shape[-2:-4:-1], fps=15) as video:
         for action in actions:
             video.write_frame(games.images[0, 0])
-            games.step_async(action)
+            games.step_async(np.array([action]))
             if games.step_wait()[-1]:
                 break
 
@@ -833,7 +835,7 @@ def upload(args: Args, run_dir: Path | None = None, score: str = "") -> None:
 def validate(args: Args, before: dict) -> None:
     """UserError for the first flag that cannot work, or that is not as `before` in the run to be resumed."""
     free = "resume total_timesteps checkpoint_frequency eval_frequency eval_episodes evaluate teacher_buffer track "
-    free += "wandb_project_name wandb_entity capture_video save_model upload_model hf_entity"
+    free += "wandb_project_name wandb_entity capture_video save_model upload_model hf_entity capture compile"
     positive = "num_envs buffer_size batch_size n_step train_frequency target_network_frequency learning_rate "
     positive += "adam_eps temperature teacher_eval_episodes eval_episodes"
     shares = "gamma tau start_e end_e exploration_fraction repeat_action_probability"
@@ -846,9 +848,9 @@ def validate(args: Args, before: dict) -> None:
         *((flag, 0 <= number < math.inf, "must not be negative or infinite") for flag, number in numbers.items()),
         *((flag, numbers[flag] > 0, "must be above 0") for flag in positive.split()),
         *((flag, numbers[flag] <= 1, "must lie between 0 and 1") for flag in shares.split()),
-        ("buffer_size", args.buffer_size >= least, f"too few to learn from: {least} or more"),
-        ("teacher_steps", args.teacher_steps >= 4 * least, f"too few to learn from: {4 * least} or more"),
-        ("teacher_buffer", os.access(Path(args.teacher_buffer or ".").absolute().parent, os.W_OK), "no such directory"),
+        ("buffer_size", args.buffer_size >= least, f"too few: {least} or more"),
+        ("teacher_steps", args.teacher == "none" or args.teacher_steps >= 4 * least, f"too few: {4 * least} or more"),
+        ("teacher_buffer", os.access(Path(args.teacher_buffer or "_").absolute().parent, os.W_OK), "not writable"),
         ("upload_model", args.save_model or not args.upload_model, "there is nothing to upload without --save-model"),
         ("capture_video", not args.capture_video or importlib.util.find_spec("moviepy"), "pip install moviepy"),
         ("track", not args.track or importlib.util.find_spec("wandb"), "pip install wandb"),
@@ -875,6 +877,7 @@ def main() -> None:
 
     def handle(number: int, _) -> None:
         stop.append(number)
+        tqdm.write("stopping; the same signal again quits at once", file=sys.stderr)
         signal.signal(number, signal.SIG_DFL)  # the same again quits at once
 
     for name in {"SIGINT", "SIGTERM", "SIGUSR1"} & set(dir(signal)):  # the last is Slurm's warning, not on Windows
@@ -885,7 +888,7 @@ def main() -> None:
                 before = Args(**load_checkpoint(Path(args.resume))["args"] | {"resume": args.resume, "evaluate": None})
             args = tyro.cli(Args, description=__doc__, default=before)
         play(args, stop) if args.evaluate else train(args, stop)
-    except (UserError, OSError) as error:
+    except (UserError, OSError, torch.OutOfMemoryError) as error:
         tqdm.write(f"error: {error}", file=sys.stderr)  # above a progress bar
         sys.exit(2)
     except KeyboardInterrupt as stopped:
