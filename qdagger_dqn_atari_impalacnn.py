@@ -137,7 +137,7 @@ def user_error(problem: str):
     try:
         yield
     except Exception as error:
-        why = (str(error).strip() or type(error).__name__).split("\n")[0]
+        why = (str(error).strip() or type(error).__name__).split("\n")[0][:200]
         raise error if isinstance(error, UserError) else UserError(f"{problem} ({why})") from None
 
 
@@ -340,8 +340,8 @@ class FrameReplay:
         """Restore a replay of this shape. Its games are not restored, so the last row counts as truncated."""
         used = len(state["actions"])
         for frames, packed in zip(self.frames[:used].split(self.BLOCK), state["frames"]):
-            plain = bytearray(zlib.decompress(packed.numpy()))
-            frames.copy_(torch.frombuffer(plain, dtype=torch.uint8).view_as(frames))
+            plain = np.frombuffer(bytearray(zlib.decompress(packed.numpy())), dtype=np.uint8)
+            frames.copy_(torch.from_numpy(plain).view_as(frames))
         for name in self.FIELDS:
             getattr(self, name)[:used] = state[name]
         self.written.copy_(state["written"])
@@ -541,7 +541,8 @@ def train(args: Args, stop: Sequence[int] = ()) -> Path:
         upload(args)
     on_gpu, num_actions = args.cuda and torch.cuda.is_available(), AtariGames(args, 1, args.seed).num_actions
     if args.cuda and not on_gpu:
-        print("--cuda: no GPU found, running on the CPU")
+        long = "; ten million steps take days there, the README's third command minutes" * (args.total_timesteps >= 1e7)
+        print(f"--cuda: no GPU found, running on the CPU{long}")
     device = torch.device("cuda" if on_gpu else "cpu")
     torch.set_float32_matmul_precision("high")  # TF32 on a GPU
     torch.backends.cudnn.deterministic = args.torch_deterministic
@@ -567,10 +568,9 @@ def train(args: Args, stop: Sequence[int] = ()) -> Path:
         progress = Progress(phase=1 if args.offline_steps > 0 else 3, distilling=True)
         progress.teacher_return = float(np.mean(play_games()))
         progress.baseline_return = float(np.mean(play_games(epsilon=1.0))) if args.return_baseline == "random" else 0.0
-        means = f"mean return {progress.teacher_return:.2f}, baseline {progress.baseline_return:.2f}"
-        print(f"teacher: {means}")
+        print(means := f"teacher: mean return {progress.teacher_return:.2f}, baseline {progress.baseline_return:.2f}")
         if progress.teacher_return <= progress.baseline_return:
-            raise UserError(f"--teacher {args.teacher}: {means}: another teacher, or --return-baseline random")
+            raise UserError(f"--teacher {args.teacher}: {means}: take another, or --return-baseline random")
     run = Run(args, facts, progress.offset + progress.step + 1 if saved and progress.phase > 1 else 0)
 
     def steps(name: str, total: int, stride: int, tag: str = "", every: int = 0) -> Iterator[tqdm]:

@@ -1,19 +1,18 @@
-"""What several tests share: teachers made here, the program as a subprocess, and a hub on this machine."""
+"""What several tests share: models made here, points as TensorBoard shows them, the program as a subprocess, a hub."""
 
 import base64
 import hashlib
-import inspect
 import io
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import threading
-import time
-from contextlib import closing
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 import torch
@@ -25,7 +24,7 @@ import qdagger_dqn_atari_impalacnn as qdagger
 os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
 
-PROGRAM = Path(inspect.getsourcefile(qdagger)).resolve()
+PROGRAM = Path(qdagger.__file__).resolve()
 
 
 def pytest_runtest_setup(item) -> None:
@@ -39,21 +38,24 @@ def saved(content) -> bytes:
     return file.getvalue()
 
 
-def refusal(refused, *args) -> str:
-    """The message of the UserError that `refused(*args)` raises; always one line."""
+def refusal(refused, *args, **options) -> str:
+    """The message of the UserError that `refused(*args, **options)` raises; always one line."""
     with pytest.raises(qdagger.UserError) as error:
-        refused(*args)
+        refused(*args, **options)
     message = str(error.value)
-    assert len(message.splitlines()) == 1 and len(message) < 400
+    assert len(message.splitlines()) == 1 and len(message) < 500
     return message
 
 
 def points(run: Path) -> dict[str, list]:
-    """Every (step, value) of every tag in the event files, but for the measured speed."""
-    events = EventAccumulator(str(run), size_guidance={"scalars": 0}, purge_orphaned_data=False)
-    events.Reload()
+    """Every (step, value) of every tag as TensorBoard shows it, without what was logged again; but not the speed."""
+    files = {path: [int(part) for part in path.name.split(".") if part.isdigit()] for path in run.glob("events.*")}
+    with TemporaryDirectory() as directory:  # in order: names of one second are not
+        for nth, path in enumerate(sorted(files, key=files.get)):
+            shutil.copy(path, Path(directory, f"{nth:03}.tfevents"))
+        events = EventAccumulator(directory, size_guidance={"scalars": 0}).Reload()
     tags = set(events.Tags()["scalars"]) - {"charts/SPS"}
-    return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in tags}
+    return {tag: shown for tag in tags if (shown := [(event.step, event.value) for event in events.Scalars(tag)])}
 
 
 class Malicious:
@@ -82,10 +84,21 @@ def make_model(tmp_path_factory):
     return make
 
 
-def environment(**changes: str) -> dict[str, str]:
-    """This process's environment, less whoever is logged in at the hub."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING_FACE_"))}
-    return kept | changes
+@pytest.fixture
+def command_line(tmp_path, monkeypatch, capfd):
+    """command_line(*flags): exit code, stdout and stderr of `main`, which begins in an empty directory."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+
+    def run(*flags) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["program", *map(str, flags)])
+        try:
+            code = qdagger.main() or 0
+        except SystemExit as stop:
+            code = stop.code
+        return code, *capfd.readouterr()
+
+    return run
 
 
 @pytest.fixture(scope="session")
@@ -94,49 +107,37 @@ def run_program():
 
     def run(*flags, cwd: Path) -> subprocess.CompletedProcess:
         command = [sys.executable, PROGRAM, *map(str, flags)]
-        return subprocess.run(command, cwd=cwd, env=environment(), capture_output=True, text=True, timeout=200)
+        return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=200)
 
     return run
 
 
-class Hub:
-    """As much of the hub's protocol as downloads, log-ins and commits need, over HTTP on the loopback interface.
+class Hub(BaseHTTPRequestHandler):
+    """As much of the hub's protocol as downloads and uploads need, over HTTP on the loopback interface.
 
-    `files` maps (repository, file name) to content; what is missing is answered like the hub does. `fault` makes it
-    answer `status` to a request whose path contains that word; `break_off` makes it hang up halfway through each
-    content, `stall` fall silent there, `silent` say nothing at all, as long as they are True.
+    `files` maps (repository, file name) to content, `repos` are those that were created, `commits` the files that each
+    was sent, by alice of the organisation lab with token hf_right. `fault` makes it answer `status` to a request whose
+    path contains that word; as long as they are True, `break_off` makes it hang up halfway through each content, and
+    `silent` say nothing at all.
     """
 
-    commit_hash = "c0ffee" * 6 + "c0ff"
+    listener, port = None, 0
 
-    def __init__(self):
-        self.port = 0
-        self.reset()
-        self.start()
+    @classmethod
+    def reset(cls) -> None:
+        cls.files, cls.requests, cls.repos, cls.commits, cls.commit_hash = {}, [], [], {}, "c0ffee" * 6 + "c0ff"
+        cls.fault, cls.status, cls.break_off, cls.silent = "", 500, False, False
+        if not cls.listener:
+            cls.listener = ThreadingHTTPServer(("127.0.0.1", cls.port), cls)
+            cls.port = cls.listener.server_port
+            threading.Thread(target=cls.listener.serve_forever, args=(0.05,), daemon=True).start()
 
-    def reset(self) -> None:
-        self.files: dict[tuple[str, str], bytes] = {}
-        self.requests: list[tuple[str, str]] = []
-        self.commits: dict[str, dict[str, bytes]] = {}
-        self.fault, self.status, self.break_off, self.stall, self.silent = "", 500, False, False, False
-
-    def start(self) -> None:
-        self.server = ThreadingHTTPServer(("127.0.0.1", self.port), type("Handler", (HubHandler,), {"hub": self}))
-        self.port = self.server.server_address[1]
-        threading.Thread(target=self.server.serve_forever, args=(0.05,), daemon=True).start()
-
-    def close(self) -> None:
+    @classmethod
+    def close(cls) -> None:
         """From now on nobody listens at the port."""
-        self.server.shutdown()
-        self.server.server_close()
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
-
-
-class HubHandler(BaseHTTPRequestHandler):
-    hub: Hub
+        cls.listener.shutdown()
+        cls.listener.server_close()
+        cls.listener = None
 
     def log_message(self, *_) -> None:
         pass
@@ -147,126 +148,60 @@ class HubHandler(BaseHTTPRequestHandler):
             self.send_header(name.replace("_", "-"), str(value))
         self.end_headers()
         if self.command != "HEAD":
-            self.wfile.write(content[: len(content) // 2])
-            while self.hub.stall:
-                time.sleep(0.05)
-            if not self.hub.break_off:
-                self.wfile.write(content[len(content) // 2 :])
+            self.wfile.write(content[: len(content) // 2] if self.break_off else content)
 
-    def do_HEAD(self) -> None:
-        self.hub.requests.append((self.command, self.path))
-        while self.hub.silent:
-            time.sleep(0.05)
-        if self.hub.fault and self.hub.fault in self.path:
-            return self.answer(self.hub.status)
-        if self.path == "/api/whoami-v2":
-            if self.headers["Authorization"] != "Bearer hf_right":
-                return self.answer(401)
-            return self.answer(200, json.dumps({"type": "user", "name": "alice", "orgs": [{"name": "lab"}]}).encode())
+    def respond(self) -> None:
+        self.requests.append((self.command, self.path))
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        while self.silent:
+            threading.Event().wait(0.05)
+        if self.fault and self.fault in self.path:
+            return self.answer(self.status)
+        if self.command == "POST":
+            return self.receive([json.loads(line) for line in body.splitlines()])
         repo, _, file = self.path.removeprefix("/").partition("/resolve/")
-        if repo not in {of_repo for of_repo, _ in self.hub.files}:
-            return self.answer(404, X_Error_Code="RepoNotFound", X_Error_Message="Repository not found")
-        content = self.hub.files.get((repo, file.partition("/")[2]))
+        content = self.files.get((repo, file.partition("/")[2]))
         if content is None:
-            return self.answer(404, X_Error_Code="EntryNotFound", X_Error_Message="Entry not found")
-        self.answer(200, content, ETag=f'"{hashlib.sha1(content).hexdigest()}"', X_Repo_Commit=self.hub.commit_hash)
+            missing = "Entry" if repo in {of_repo for of_repo, _ in self.files} else "Repo"
+            return self.answer(404, X_Error_Code=f"{missing}NotFound")
+        self.answer(200, content, ETag=f'"{hashlib.sha1(content).hexdigest()}"', X_Repo_Commit=self.commit_hash)
 
-    do_GET = do_HEAD
+    do_HEAD = do_GET = do_POST = respond
 
-    def do_POST(self) -> None:
-        self.hub.requests.append((self.command, self.path))
-        body = self.rfile.read(int(self.headers["Content-Length"]))
-        if self.hub.fault and self.hub.fault in self.path:
-            return self.answer(self.hub.status)
-        answer = {}
+    def receive(self, lines: list[dict]) -> None:
+        url, answer = f"http://127.0.0.1:{self.port}", {}
+        if self.path != "/api/validate-yaml" and self.headers["Authorization"] != "Bearer hf_right":
+            return self.answer(401)
         if self.path == "/api/repos/create":
-            asked = json.loads(body)
-            answer = {"url": f"{self.hub.url}/{asked['organization']}/{asked['name']}"}
+            owner = lines[0]["organization"] or "alice"
+            if owner not in ("alice", "lab"):
+                return self.answer(403)
+            self.repos.append(f"{owner}/{lines[0]['name']}")
+            answer = {"url": f"{url}/{self.repos[-1]}"}
         elif "/preupload/" in self.path:
-            names = [file["path"] for file in json.loads(body)["files"]]
+            names = [file["path"] for file in lines[0]["files"]]
             answer = {"files": [{"path": name, "uploadMode": "regular", "shouldIgnore": False} for name in names]}
         elif "/commit/" in self.path:
             repo = self.path.removeprefix("/api/models/").partition("/commit/")[0]
-            lines = [json.loads(line) for line in body.splitlines()]
-            contents = {line["value"]["path"]: line["value"]["content"] for line in lines if line["key"] == "file"}
-            self.hub.commits[repo] = {name: base64.b64decode(content) for name, content in contents.items()}
-            answer = {"commitUrl": f"{self.hub.url}/{repo}/commit/1", "commitOid": self.hub.commit_hash}
+            files = [line["value"] for line in lines if line["key"] == "file"]
+            self.commits[repo] = {file["path"]: base64.b64decode(file["content"]) for file in files}
+            answer = {"commitUrl": f"{url}/{repo}/commit/1", "commitOid": self.commit_hash}
         self.answer(200, json.dumps(answer).encode())
 
 
-@pytest.fixture(scope="session")
-def hub_server():
-    with closing(Hub()) as hub:
-        yield hub
+# No test asks the real hub, or is logged in there. Where the hub is, is settled when huggingface_hub is imported.
+Hub.reset()
+HUB_HOME = TemporaryDirectory()
+for variable in [name for name in os.environ if name.startswith(("HF_", "HUGGING_FACE_"))]:
+    del os.environ[variable]
+os.environ |= {"HF_ENDPOINT": f"http://127.0.0.1:{Hub.port}", "HF_HOME": HUB_HOME.name, "no_proxy": "127.0.0.1"}
+os.environ["HF_HUB_DISABLE_XET"] = "1"
 
 
 @pytest.fixture
-def hub(hub_server):
-    """The hub, empty and without faults."""
-    hub_server.reset()
-    return hub_server
-
-
-# Where the hub is and what is cached are settled when huggingface_hub is imported: hence a process of its own, which
-# is asked one thing per line.
-CLIENT = """
-import contextlib, io, json, os, sys, time
-import qdagger_dqn_atari_impalacnn as qdagger
-
-time.sleep = lambda seconds: None  # the hub's client waits longer and longer before it tries again
-answers = sys.stdout
-for line in sys.stdin:
-    asked = json.loads(line)
-    out, err, answer = io.StringIO(), io.StringIO(), {}
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        try:
-            if "find_teacher" in asked:
-                path, answer["reason"] = qdagger.find_teacher(qdagger.Args(**asked["find_teacher"]))
-                answer["path"] = str(path)
-            else:
-                os.environ.pop("HF_TOKEN", None)
-                os.environ.update(asked["environment"])
-                os.chdir(asked["cwd"])
-                sys.argv = ["program", *asked["main"]]
-                qdagger.main()
-                answer["code"] = 0
-        except SystemExit as stop:
-            answer["code"] = stop.code
-        except BaseException as error:
-            answer["error"] = f"{type(error).__name__}: {error}"
-    print(json.dumps(answer | {"out": out.getvalue(), "err": err.getvalue()}), file=answers, flush=True)
-"""
-
-
-@pytest.fixture(scope="session")
-def hub_client(hub_server, tmp_path_factory):
-    """A copy of the program whose hub is `hub_server`; ask(find_teacher={...}) or ask(main=[flags], cwd=...).
-
-    It has its own empty cache, nobody is logged in; its teachers/ holds a file for Pong, and a damaged one for Qbert.
-    """
-    home = tmp_path_factory.mktemp("hub_client")
-    shutil.copy(PROGRAM, home)
-    (home / "teachers").mkdir()
-    for env_id, summed in {"PongNoFrameskip-v4": b"bundled", "QbertNoFrameskip-v4": b"what it was"}.items():
-        (home / "teachers" / f"{env_id}.cleanrl_model").write_bytes(b"bundled")
-        (home / "teachers" / f"{env_id}.md").write_text(f"SHA-256 `{hashlib.sha256(summed).hexdigest()}`")
-    of_hub = {"HF_ENDPOINT": hub_server.url, "HF_HOME": str(home / "cache"), "HF_HUB_DISABLE_XET": "1"}
-    of_hub["HF_HUB_DOWNLOAD_TIMEOUT"] = "1"  # seconds without a byte, instead of 10
-    process = subprocess.Popen(
-        [sys.executable, "-c", CLIENT],
-        cwd=home,
-        env=environment(PYTHONPATH=str(home), no_proxy="127.0.0.1", **of_hub),
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-
-    def ask(cwd: Path = home, environment=(), **question) -> dict:
-        print(
-            json.dumps({"cwd": str(cwd), "environment": dict(environment), **question}), file=process.stdin, flush=True
-        )
-        return json.loads(process.stdout.readline())
-
-    yield ask
-    process.stdin.close()
-    assert process.wait(timeout=20) == 0
+def hub():
+    """The hub, empty and without faults; its cache is empty, and nobody is logged in."""
+    shutil.rmtree(Path(HUB_HOME.name, "hub"), ignore_errors=True)
+    Hub.reset()
+    yield Hub
+    Hub.reset()

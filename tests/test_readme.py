@@ -1,76 +1,53 @@
-"""README, --help and code name the same flags, defaults and tags."""
+"""README, --help and code name the same flags, defaults, meanings and tags, and the documented commands work."""
 
 import re
 import shlex
 from dataclasses import fields
-from pathlib import Path
 
 import pytest
 import tyro
+from conftest import PROGRAM
 
-import qdagger_dqn_atari_impalacnn as program
+import qdagger_dqn_atari_impalacnn as qdagger
 from qdagger_dqn_atari_impalacnn import Args
 
-ROOT = Path(program.__file__).parent
-README = (ROOT / "README.md").read_text()
-SOURCE = Path(program.__file__).read_text()
-FLAGS = dict(re.findall(r"^\| `(--[a-z-]+)` \| (.+?) \| .+ \|$", README, flags=re.MULTILINE))
+README, SOURCE = (PROGRAM.parent / "README.md").read_text(), PROGRAM.read_text()
+COMMENTS = re.findall(r"^    (\w+): .+?  # (.+)$", SOURCE.split("class Args:")[1].split("class ")[0], re.MULTILINE)
+COMMAND = r"(?<!`)python qdagger_dqn_atari_impalacnn.py ((?:.*\\\n)*.*)"
 
 
-def flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
+def test_the_table_of_flags_has_each_with_its_default_and_its_comment():
+    rows = re.findall(r"^\| `--([a-z-]+)` \| (.+?) \| (.+) \|$", README, re.MULTILINE)
+    assert [(name.replace("-", "_"), meaning) for name, _, meaning in rows] == COMMENTS
+    words = {"True": "on", "False": "off", "None": "–", "": "–"}
+    for (name, shown, _), field in zip(rows, fields(Args), strict=True):
+        default = False if name == "amp" else field.default
+        literal = words.get(str(default)) or type(default)(shown.strip("`"))
+        assert literal == (shown if str(default) in words else default), name
 
 
-def test_the_table_has_every_flag_and_no_other():
-    assert set(FLAGS) == {flag(field.name) for field in fields(Args)}
-
-
-@pytest.mark.parametrize("field", fields(Args), ids=lambda field: field.name)
-def test_the_table_has_the_default(field):
-    shown, default = FLAGS[flag(field.name)], field.default
-    if field.name == "amp":
-        assert shown == "off" and default == program.FAST_BFLOAT16
-    elif isinstance(default, bool):
-        assert shown == ("on" if default else "off")
-    elif default in (None, ""):
-        assert shown == "–"
-    else:
-        assert type(default)(shown.strip("`")) == default
-
-
-def test_help_explains_every_flag(capsys):
-    with pytest.raises(SystemExit) as stopped:
-        tyro.cli(Args, args=["--help"])
-    assert stopped.value.code == 0
-    text = capsys.readouterr().out
-    for field in fields(Args):
-        assert flag(field.name) in text
-        assert re.search(rf"^    {field.name}: .+  # \w", SOURCE, flags=re.MULTILINE), f"{field.name} has no comment"
+def test_help_shows_every_flag_with_its_comment(command_line, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "400")
+    code, out, _ = command_line("--help")
+    assert code == 0 and [name for name, _ in COMMENTS] == [field.name for field in fields(Args)]
+    for name, comment in COMMENTS:
+        assert re.search(rf"--{name.replace('_', '-')}\b[^#]{{,200}}{re.escape(comment)}", " ".join(out.split())), name
 
 
 def test_every_tag_of_the_code_is_defined_and_every_defined_tag_is_in_the_code():
-    """The table of tags against the literal tags that the source hands to the writer."""
-    defined = set(re.findall(r"^\| `((?:charts|losses|eval)/[\w/]+|hyperparameters)` \|", README, flags=re.MULTILINE))
-    written = set(re.findall(r'"((?:charts|eval)/[\w/]+)"', SOURCE)) | {"hyperparameters"}
+    first_cells = " ".join(re.findall(r"^\| (`.*?`) \|", README.split("## What is logged")[1], re.MULTILINE))
+    defined = set(re.findall(r"`((?:charts|losses|eval)/[\w/]+|hyperparameters)`", first_cells))
+    written = set(re.findall(r'"((?:charts|eval)/[\w/]+|hyperparameters)"', SOURCE))
     written |= {f"charts/offline/{name}" for name in ("loss", "q_loss", "distill_loss")}
-    written |= {f"losses/{name}" for name in ("loss", "td_loss", "distill_loss", "q_values")}
-    assert defined == written
+    assert defined == written | {f"losses/{name}" for name in ("loss", "td_loss", "distill_loss", "q_values")}
 
 
-@pytest.mark.parametrize("command", re.findall(r"python qdagger_dqn_atari_impalacnn.py ((?:.*\\\n)*.*)", README))
-def test_every_command_of_the_readme_parses(command):
-    words = shlex.split(re.split(r"`|\s+#", command.replace("\\\n", " "))[0])
-    if "--help" not in words:
-        program.validate(tyro.cli(Args, args=words))
+@pytest.mark.parametrize("command", re.findall(COMMAND, README + qdagger.__doc__, re.MULTILINE))
+def test_every_documented_command_works(command):
+    words = shlex.split(command.replace("\\\n", " "), comments=True)
+    qdagger.validate(tyro.cli(Args, args=words), {})
 
 
 def test_the_test_command_is_the_one_that_ci_runs():
-    ci = (ROOT / ".ci" / "run").read_text()
-    assert "<!-- test command -->" in README and "<!-- test command -->" in ci
-    assert re.search(r'<!-- test command -->\n```bash\npip install -e "\.\[test\]" && pytest\n```', README)
-
-
-def test_the_file_imports_nothing_of_the_project():
-    modules = {path.stem for path in ROOT.glob("*.py")} | {"tests", "results"}
-    imported = set(re.findall(r"^\s*(?:from|import) (\w+)", SOURCE, flags=re.MULTILINE))
-    assert not imported & modules
+    assert "<!-- test command -->" in (PROGRAM.parent / ".ci" / "run").read_text()
+    assert '<!-- test command -->\n```bash\npip install -e ".[test]" && pytest\n```' in README

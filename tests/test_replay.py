@@ -1,177 +1,162 @@
-"""FrameReplay against a naive store that keeps every stacked observation as it was seen."""
+"""FrameReplay against a naive store that keeps every whole stack as it was seen."""
 
+import copy
 import math
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings, strategies
+from hypothesis import assume, given, settings, strategies
+from scipy.stats import chisquare
 
-from qdagger_dqn_atari_impalacnn import STACK, FrameReplay
+from qdagger_dqn_atari_impalacnn import STACK, FrameReplay, load_teacher_buffer, write
 
-
-class NaiveStore:
-    """Whole transitions, one list per environment, and n-step returns by following them."""
-
-    def __init__(self, num_envs: int):
-        self.steps = [[] for _ in range(num_envs)]
-
-    def n_step(self, env: int, start: int, n_step: int, gamma: float):
-        """(obs, action, n-step return, discount, next_obs) from `start`, or None if rewards are still to come."""
-        rewards, discount = 0.0, 1.0
-        for step in self.steps[env][start : start + n_step]:
-            rewards += discount * step["reward"]
-            discount *= gamma
-            if step["terminated"] or step["truncated"]:
-                break
-        else:
-            if start + n_step > len(self.steps[env]):
-                return None
-        first = self.steps[env][start]
-        return first["obs"], first["action"], rewards, 0.0 if step["terminated"] else discount, step["next_obs"]
+GAMMA = 0.9
 
 
-def random_ends(steps: int, num_envs: int, seed: int = 0, p_end: float = 0.15) -> np.ndarray:
-    """For each step and environment: 0, the episode goes on; 1, it terminates; 2, it is truncated."""
-    return np.random.default_rng(seed).choice(3, p=[1 - p_end, p_end / 2, p_end / 2], size=(steps, num_envs))
+class Doubled:
+    """A replay, and beside it each step with whole stacks; the teacher's Q-values are (time, environment)."""
+
+    def __init__(self, capacity: int, num_envs: int):
+        self.capacity, self.num_envs, self.frames_painted = capacity, num_envs, 0
+        self.replay, self.steps = FrameReplay(capacity, num_envs, 2), []
+
+    def add(self, obs, actions, rewards, terminations, truncations) -> None:
+        names = torch.tensor([[len(self.steps), env] for env in range(self.num_envs)]).float()
+        self.replay.add(obs[:, -1], actions, rewards, terminations, truncations, names)
+        self.steps.append((obs, actions, rewards, terminations, truncations))
+
+    def new_frames(self) -> np.ndarray:
+        """(num_envs, 84, 84), each full of its own number."""
+        numbers = self.frames_painted + np.arange(self.num_envs, dtype=np.uint32)
+        self.frames_painted += self.num_envs
+        return numbers.repeat(84 * 21).view(np.uint8).reshape(self.num_envs, 84, 84)
+
+    def play(self, ends: np.ndarray, seed: int = 0) -> None:
+        """New games, whose steps go on (0), terminate (1), are truncated (2) or both (3): (steps, num_envs)."""
+        rng = np.random.default_rng(seed)
+        obs = self.new_frames()[:, None].repeat(STACK, axis=1)
+        for now in ends:
+            actions, rewards = rng.integers(6, size=self.num_envs), rng.normal(size=self.num_envs).astype(np.float32)
+            self.add(obs, actions, rewards, (now & 1) > 0, now > 1)
+            frames, ended = self.new_frames()[:, None], (now > 0)[:, None, None, None]
+            obs = np.where(ended, frames, np.concatenate([obs[:, 1:], frames], axis=1))
+
+    def transition(self, time: int, env: int, n_step: int) -> tuple:
+        """(return, discount, next observation) from there, by following the steps one by one."""
+        total, discount = 0.0, 1.0
+        for obs, _, rewards, terminations, truncations in self.steps[time : time + n_step]:
+            if truncations[env]:
+                return total, discount, obs[env]
+            total, discount = total + discount * rewards[env], discount * GAMMA
+            if terminations[env]:
+                return total, 0.0, None
+        return total, discount, self.steps[time + n_step][0][env]
+
+    def drawable(self, n_step: int) -> set[tuple[int, int]]:
+        """All steps that fit, less the oldest 3, whose stacks lack frames, the newest n, and those truncated."""
+        oldest = max(0, len(self.steps) - math.ceil(self.capacity / self.num_envs) + STACK - 1)
+        times = range(oldest, len(self.steps) - n_step)
+        return {(time, env) for time in times for env in range(self.num_envs) if not self.steps[time][-1][env]}
+
+    def check(self, n_step: int) -> None:
+        """Exactly those are drawn, and all of a transition is as it was seen."""
+        wanted, drawn, generator = self.drawable(n_step), set(), torch.Generator().manual_seed(0)
+        for _ in range(200):
+            batch = self.replay.sample(128, n_step, GAMMA, generator)
+            for i, (time, env) in enumerate(batch.teacher_q_values.int().tolist()):
+                if (time, env) in drawn:
+                    continue
+                assert (time, env) in wanted
+                drawn.add((time, env))
+                total, discount, next_obs = self.transition(time, env, n_step)
+                assert (batch.obs[i].numpy() == self.steps[time][0][env]).all()
+                assert batch.actions[i] == self.steps[time][1][env]
+                assert batch.returns[i].item() == pytest.approx(total, abs=1e-5)
+                assert batch.discounts[i].item() == pytest.approx(discount, abs=1e-6)
+                assert next_obs is None or (batch.next_obs[i].numpy() == next_obs).all()
+            if drawn == wanted:
+                return
+        raise AssertionError(f"never drawn: {wanted - drawn}")
 
 
-def play(replay: FrameReplay, naive: NaiveStore, ends: np.ndarray, seed: int = 0) -> None:
-    """Episodes with unique frames and random rewards, ended as `ends` (see random_ends) says, into both stores."""
-    rng = np.random.default_rng(seed)
-    frame = 0
-
-    def new_frame() -> np.ndarray:
-        nonlocal frame
-        frame += 1
-        return np.frombuffer(np.full(84 * 21, frame, dtype=np.uint32).tobytes(), dtype=np.uint8).reshape(84, 84)
-
-    obs = np.stack([np.stack([new_frame()] * STACK) for _ in range(replay.num_envs)])
-    for ends_now in np.asarray(ends):
-        terminations, truncations = ends_now == 1, ends_now == 2
-        actions = rng.integers(0, 6, replay.num_envs)
-        rewards = rng.integers(-1, 2, replay.num_envs).astype(np.float64)
-        last_obs = np.stack([np.concatenate([stack[1:], new_frame()[None]]) for stack in obs])
-        scores = torch.tensor(rng.random((replay.num_envs, 6)), dtype=torch.float32)
-        replay.add(obs, actions, rewards, terminations, truncations, last_obs, scores)
-        for env in range(replay.num_envs):
-            naive.steps[env].append(
-                {
-                    "obs": obs[env],
-                    "action": actions[env],
-                    "reward": rewards[env],
-                    "terminated": terminations[env],
-                    "truncated": truncations[env],
-                    "next_obs": last_obs[env],
-                    "scores": scores[env],
-                }
-            )
-        obs = last_obs.copy()
-        for env in np.flatnonzero(terminations | truncations):
-            obs[env] = np.stack([new_frame()] * STACK)
+def random_ends(steps: int, num_envs: int, seed=0, share: float = 0.15) -> np.ndarray:
+    rng, size = np.random.default_rng(seed), (steps, num_envs)
+    return rng.choice([1, 1, 2, 3], size) * (rng.random(size) < share)
 
 
-def frame_number(obs) -> int:
-    """The number that `play` painted into the newest frame."""
-    return int(np.ascontiguousarray(np.asarray(obs)[-1]).view(np.uint32).flat[0])
+def test_returns_and_discounts_by_hand():
+    """Rewards 1, 2, 4, ...; step 2 terminates and is counted, step 5 is truncated and is not."""
+    doubled, ends = Doubled(20, 1), [0, 0, 1, 0, 0, 2, 0, 0, 0, 0]
+    doubled.play(np.array(ends)[:, None])
+    doubled.replay.rewards[:10] = 2.0 ** torch.arange(10)
+    batch = doubled.replay.sample(500, 3, 0.5, torch.Generator().manual_seed(0))
+    of_time = {int(time): i for i, (time, _) in enumerate(batch.teacher_q_values)}
+    expected = {0: (3, 0), 1: (4, 0), 2: (4, 0), 3: (16, 1 / 4), 4: (16, 1 / 2), 6: (192, 1 / 8)}
+    assert {time: (batch.returns[i].item(), batch.discounts[i].item()) for time, i in of_time.items()} == expected
+    for time, after in ((3, 5), (4, 5), (6, 9)):
+        assert (batch.next_obs[of_time[time]].numpy() == doubled.steps[after][0][0]).all()
+    assert [str(field.dtype)[6:] for field in batch] == ["uint8", "int64", "float32", "float32", "uint8", "float32"]
 
 
-def check(replay: FrameReplay, naive: NaiveStore, n_step: int, capacity: int, draws: int = 2000) -> None:
-    """Stacks, n-step returns, discounts and next observations are right, and all that should be drawn is."""
-    index = {frame_number(s["obs"]): (env, t) for env, of_env in enumerate(naive.steps) for t, s in enumerate(of_env)}
-    batch = replay.sample(draws, n_step, 0.9, torch.Generator().manual_seed(0))
-    drawn = set()
-    for i in range(draws):
-        env, time = index[frame_number(batch.obs[i])]
-        if (env, time) in drawn:
-            continue
-        drawn.add((env, time))
-        expected = naive.n_step(env, time, n_step, 0.9)
-        assert expected is not None, "drawn before its rewards were known"
-        obs, action, returns, discount, next_obs = expected
-        np.testing.assert_array_equal(batch.obs[i], obs)
-        assert batch.actions[i] == action
-        assert batch.returns[i].item() == pytest.approx(returns, abs=1e-6)
-        assert batch.discounts[i].item() == pytest.approx(discount, abs=1e-6)
-        if discount > 0:
-            np.testing.assert_array_equal(batch.next_obs[i], next_obs)
-        assert torch.equal(batch.teacher_q_values[i], naive.steps[env][time]["scores"])
-    # Nothing that should be there is missing: all that fits, but the newest n - 1 whose rewards are to come.
-    of_env = math.ceil(capacity / replay.num_envs)
-    for env, steps in enumerate(naive.steps):
-        truncated = sum(s["truncated"] for s in steps[-of_env:])
-        kept = range(max(0, len(steps) - (of_env - truncated)), len(steps) - n_step + 1)
-        assert {(env, time) for time in kept} <= drawn
-
-
-@pytest.mark.parametrize("num_envs", [1, 3])
-@pytest.mark.parametrize("n_step", [1, 3])
-@pytest.mark.parametrize("steps", [6, 40, 400])
-def test_samples_are_what_a_naive_store_holds(num_envs, n_step, steps):
-    """Before and after the ring has wrapped around."""
-    replay, naive = FrameReplay(60 * num_envs, num_envs, 6), NaiveStore(num_envs)
-    play(replay, naive, random_ends(steps, num_envs, seed=steps))
-    check(replay, naive, n_step, 60 * num_envs)
-
-
-@pytest.mark.parametrize(
-    "examples", [pytest.param(25, id="short"), pytest.param(2000, id="long", marks=pytest.mark.long)]
-)
-def test_samples_of_any_history_are_what_a_naive_store_holds(examples):
-    """Any number of environments, capacity, n and sequence of ends that hypothesis thinks of."""
+@pytest.mark.parametrize("examples", [40, pytest.param(3000, marks=pytest.mark.long)])
+def test_samples_of_any_history_are_what_a_naive_store_holds(examples, monkeypatch):
+    """Any number of games, room, n and ends, before and after the ring has wrapped around; saved, loaded, played on."""
+    monkeypatch.setattr(FrameReplay, "BLOCK", 7)
+    whole, parts = strategies.integers, strategies.lists(strategies.integers(1, 40), min_size=1, max_size=3)
+    share = strategies.floats(0, 0.8)  # of steps that end an episode
 
     @settings(max_examples=examples, deadline=None, derandomize=True, database=None)
-    @given(data=strategies.data())
-    def holds(data):
-        num_envs, n_step = data.draw(strategies.integers(1, 3)), data.draw(strategies.integers(1, 5))
-        capacity = data.draw(strategies.integers(n_step * num_envs, 40))
-        ends = data.draw(
-            strategies.lists(
-                strategies.lists(strategies.integers(0, 2), min_size=num_envs, max_size=num_envs),
-                min_size=n_step,
-                max_size=60,
-            )
-        )
-        replay, naive = FrameReplay(capacity, num_envs, 6), NaiveStore(num_envs)
-        play(replay, naive, np.array(ends))
-        check(replay, naive, n_step, capacity, draws=600)
+    @given(whole(1, 16), whole(1, 5), whole(0, 20), whole(0, 15), parts, share, whole(0, 2**32))
+    def holds(num_envs, n_step, rows, short, parts, share, seed):
+        capacity = (n_step + STACK + rows) * num_envs - short % num_envs  # room for so many more rows than it needs
+        doubled = Doubled(capacity, num_envs)
+        for part, steps in enumerate(parts):
+            if part:
+                doubled.replay = FrameReplay(capacity, num_envs, 2, state=doubled.replay.state_dict())
+                doubled.steps[-1][-1][:] = True  # the last step is truncated
+            doubled.play(random_ends(steps, num_envs, [seed, part], share), seed)
+        candidates = num_envs * (min(sum(parts), n_step + 1 + rows) - n_step)
+        assume(len(doubled.drawable(n_step)) > 0.5 * candidates > 0)
+        doubled.check(n_step)
 
     holds()
 
 
-def test_capacity_is_what_can_be_drawn():
-    replay, naive = FrameReplay(50, 1, 6), NaiveStore(1)
-    play(replay, naive, np.zeros((500, 1)))
-    batch = replay.sample(5000, 1, 0.99, torch.Generator().manual_seed(0))
-    assert {frame_number(obs) for obs in batch.obs} == {frame_number(s["obs"]) for s in naive.steps[0][-50:]}
-
-
 def test_draws_are_uniform_over_environments_and_time():
-    replay, naive = FrameReplay(40, 4, 6), NaiveStore(4)
-    play(replay, naive, np.zeros((200, 4)))
-    batch = replay.sample(8000, 1, 0.99, torch.Generator().manual_seed(0))
-    counts = np.unique([frame_number(obs) for obs in batch.obs], return_counts=True)[1]
-    assert len(counts) == 40
-    chi_square = float(((counts - 200) ** 2 / 200).sum())
-    assert chi_square < 72.1  # 0.999 quantile at 39 degrees of freedom
-
-
-def test_state_round_trip_continues_identically():
-    replay, naive = FrameReplay(60, 2, 6), NaiveStore(2)
-    play(replay, naive, random_ends(100, 2))
-    restored = FrameReplay(60, 2, 6)
-    restored.load_state_dict({name: value.clone() for name, value in replay.state_dict().items()})
-    for one in (replay, restored):
-        play(one, NaiveStore(2), random_ends(30, 2, seed=7), seed=7)
-    a, b = (one.sample(64, 3, 0.99, torch.Generator().manual_seed(1)) for one in (replay, restored))
-    assert all(torch.equal(x, y) for x, y in zip(a, b))
-
-
-def test_state_of_another_shape_is_refused():
-    with pytest.raises(ValueError, match="another type or shape"):
-        FrameReplay(60, 2, 6).load_state_dict(FrameReplay(60, 2, 4).state_dict())
+    """And no less so where steps are left out: a draw that hits one of them does not go to its neighbour."""
+    doubled = Doubled(160, 4)
+    doubled.play(random_ends(200, 4, share=0.6))
+    generator = torch.Generator().manual_seed(0)
+    batches = [doubled.replay.sample(500, 1, GAMMA, generator).teacher_q_values for _ in range(20)]
+    drawn, counts = torch.cat(batches).unique(dim=0, return_counts=True)
+    assert {tuple(step) for step in drawn.int().tolist()} == doubled.drawable(1)
+    assert len(counts) < 120 and chisquare(counts).pvalue > 0.001
 
 
 def test_a_frame_is_stored_once():
     replay = FrameReplay(1000, 4, 6)
-    assert sum(value.nbytes for value in replay.state_dict().values()) < 1.02 * 7_140 * 1000
+    per_step = sum(value.nbytes for value in vars(replay).values() if isinstance(value, torch.Tensor)) / 1000
+    assert 84 * 84 < per_step < 84 * 84 + 50
+
+
+@pytest.mark.parametrize("steps", [0, 5, 30, 100])
+def test_a_saved_replay_goes_on_identically(steps, tmp_path, monkeypatch):
+    """Empty, half full, just full and wrapped around; as a checkpoint and as a teacher's buffer; far smaller there."""
+    monkeypatch.setattr(FrameReplay, "BLOCK", 16)
+    original, file = Doubled(90, 3), tmp_path / "buffer.pt"
+    original.play(random_ends(steps, 3))
+    write({"made_with": {"num_envs": 3}, "replay": original.replay.state_dict()}, file)
+    state, rows = torch.load(file)["replay"], min(steps, 30)
+    assert file.stat().st_size < 12_000 + 600 * rows and len(state["rewards"]) == 3 * rows  # of 21,168 bytes a row
+    resumed, of_teacher = copy.deepcopy(original), copy.deepcopy(original)
+    resumed.replay, of_teacher.replay = FrameReplay(90, 3, 2, state=state), FrameReplay(90, 3, 2)
+    load_teacher_buffer(file, {"num_envs": 3}, of_teacher.replay)
+    stores = original, resumed, of_teacher
+    original.replay.truncations[(steps - 1) % 30 * 3 + torch.arange(3)] = True
+    for more in (0, 40):
+        if steps + more > 3:
+            one, *others = (store.replay.sample(64, 3, GAMMA, torch.Generator().manual_seed(1)) for store in stores)
+            assert all(torch.equal(*fields) for other in others for fields in zip(one, other))
+        for store in stores:
+            store.play(random_ends(40, 3, seed=7), seed=7)

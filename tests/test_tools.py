@@ -208,7 +208,8 @@ def test_tables_of_the_readme_are_remade_from_what_is_committed():
         if (directory / "results.csv").exists():
             rows = plot.read_csv(directory / "results.csv")
             made[directory.name] = plot.markdown(rows, plot.labels_of(directory, rows))
-    shown = dict(re.findall(pattern, plot.README.read_text(), flags=re.DOTALL))
+    pages = [plot.README, *(ROOT / "results").glob("*/README.md")]
+    shown = dict(re.findall(pattern, "\n".join(page.read_text() for page in pages), flags=re.DOTALL))
     assert made and made == {name: table for name, table in shown.items() if re.search(r"\d", table)}
     for path in (ROOT / "results" / "speed").glob("*.json"):
         content = json.loads(path.read_text())

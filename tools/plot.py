@@ -250,13 +250,15 @@ def markdown(rows: pd.DataFrame, labels: dict[str, str]) -> str:
     return "\n".join(lines)
 
 
-def into_readme(name: str, table: str) -> None:
-    """Replace what stands between the markers of `name`."""
+def into_readme(name: str, table: str, directory: Path) -> None:
+    """Replace what stands between the markers of `name`, in README.md or in the directory's own."""
     begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
-    before, found, rest = README.read_text().partition(begin)
-    if not found:
-        raise SystemExit(f"error: --readme: README.md has no marker {begin}")
-    README.write_text(f"{before}{begin}\n{table}\n{end}{rest.partition(end)[2]}")
+    for readme in (README, directory / "README.md"):
+        before, found, rest = (readme.read_text() if readme.exists() else "").partition(begin)
+        if found:
+            readme.write_text(f"{before}{begin}\n{table}\n{end}{rest.partition(end)[2]}")
+            return
+    raise SystemExit(f"error: --readme: neither {README} nor {directory}/README.md has a marker {begin}")
 
 
 def labels_of(out: Path, rows: pd.DataFrame) -> dict[str, str]:
@@ -295,7 +297,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("directory", type=Path, help="of tools/run.py's runs, or with a results.csv")
     parser.add_argument("--out", type=Path, help="for what is written; unset: the same")
-    parser.add_argument("--readme", action="store_true", help="write the tables into README.md")
+    parser.add_argument("--readme", action="store_true", help="write the tables into README.md, or the directory's")
     args = parser.parse_args()
     out = args.out or args.directory
     out.mkdir(parents=True, exist_ok=True)
@@ -305,7 +307,7 @@ def main() -> None:
     for name, table in tables.items():
         print(f"{name}\n{table}\n")
         if args.readme:
-            into_readme(name, table)
+            into_readme(name, table, out)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,272 @@
+"""No run is lost: stopped, killed, damaged or tampered with, it goes on from its last good checkpoint."""
+
+import math
+import os
+import random
+import resource
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import PROGRAM, Malicious, points, refusal, saved
+from test_train import Clockwork, same, tiny
+
+import qdagger_dqn_atari_impalacnn as qdagger
+from qdagger_dqn_atari_impalacnn import Args, Learner, Run, UserError, load_checkpoint, train
+
+PHASES = dict(teacher_steps=256, offline_steps=20, total_timesteps=320, learning_starts=160, buffer_size=240)
+SIZES = dict(num_envs=8, network="nature", batch_size=4, target_network_frequency=40, teacher_eval_episodes=1)
+OTHERS = dict(
+    eval_episodes=1, eval_frequency=100, train_frequency=8, save_model=True, cuda=False, checkpoint_frequency=0
+)
+
+
+@pytest.fixture
+def go(make_model, tmp_path, monkeypatch):
+    """go(run, at, what, kill, **changes): train on Clockwork, or resume `run`; its directory, or None before it has one.
+
+    At the `at`-th event, or the `at`-th of the kind `what`, a signal comes, or all ends at once. `go.events`: a row of
+    games in "evaluation" or "training", an "update", and (phase, step) of each checkpoint that is about to be written.
+    """
+    events, stop, plan, log = [], [], {"at": -1, "what": None}, Run.log
+
+    def spy(owner, name, event_of):
+        method = getattr(owner, name)
+
+        def spied(*args):
+            events.append(event_of(*args))
+            plan["at"] -= plan["what"] in (None, events[-1])
+            if plan["at"] == 0:
+                plan["at"] = -1
+                if plan["kill"]:
+                    raise SystemExit
+                stop.append(signal.SIGTERM)
+            return method(*args)
+
+        monkeypatch.setattr(owner, name, spied)
+
+    spy(Clockwork, "step_wait", lambda games: "evaluation" if games.clock > 20_000 else "training")
+    spy(Learner, "gradient_step", lambda *_: "update")
+    spy(Run, "save", lambda _, state: (state["progress"]["phase"], state["progress"]["step"]))
+    monkeypatch.setattr(Run, "log", lambda run, *args: (log(run, *args), run.writer.flush()))  # nothing logged is lost
+    monkeypatch.setattr(qdagger, "AtariGames", Clockwork)
+    monkeypatch.setitem(qdagger.NETWORKS, "nature", tiny)
+    new = PHASES | SIZES | OTHERS | dict(teacher=str(make_model(4, action=1)))
+
+    def go(run: Path | None = None, at: int = -1, what=None, kill: bool = False, **changes) -> Path | None:
+        if not run:
+            directory = tmp_path / f"{len(list(tmp_path.iterdir()))}"
+            directory.mkdir()
+            monkeypatch.chdir(directory)
+        plan.update(at=at, what=what, kill=kill)
+        stop.clear()
+        before = load_checkpoint(run)["args"] | {"resume": str(run)} if run else new
+        with suppress(KeyboardInterrupt, SystemExit):
+            train(Args(**before | changes), stop)
+        return run or next(Path("runs").absolute().glob("*"), None)
+
+    go.new, go.events = new, events
+    return go
+
+
+def state(run: Path) -> dict:
+    """The last checkpoint, but for what may differ."""
+    content = load_checkpoint(run)
+    content["progress"].pop("seconds")
+    return {name: part for name, part in content.items() if name != "args"}
+
+
+def steps(run: Path) -> dict[str, list[int]]:
+    return {tag: [step for step, _ in logged] for tag, logged in points(run).items()}
+
+
+def test_a_run_stopped_at_any_moment_goes_on_as_if_nothing_had_happened(go):
+    """In games, updates, evaluations, checkpoints: each step is done once, each point seen once. Offline, and where no
+    row is cut off whose games are not restored, the end is bit for bit that of a run nobody stopped."""
+    whole, events, exact = go(), go.events.copy(), set()
+    assert [events.count(what) for what in ("evaluation", "training", "update")] == [7 * 5, 8 + 40, 20 + 20]
+    assert not go(at=3)  # in the teacher's evaluation there is no run yet
+    for at in range(8, len(events) + 1, 5):
+        go.events.clear()
+        run = go(at=at)
+        stopped = state(run)
+        assert go(run) == run and go.events.count("update") == 40 and steps(run) == steps(whole), at
+        assert state(run)["progress"]["step"] == 320 and state(run)["replay"]["written"] == 40
+        phase, replay = stopped["progress"]["phase"], stopped["replay"]
+        envs, rows = (32, 8) if phase == 1 else (8, 30)
+        if phase == 2 or replay["truncations"].view(-1, envs)[(replay["written"] - 1) % rows :][:1].all():
+            exact.add((phase, events[at - 1]))
+            assert same(state(run), state(whole)) and points(run) == points(whole), at
+    assert {what for _, what in exact} >= {"evaluation", "update", "training"} and {1, 2, 3} == {
+        phase for phase, _ in exact
+    }
+
+
+OFFLINE = [(70, "update", True), (40, "update", True), (1, (2, 102), True)]
+ALL = [(3, "training", True), *OFFLINE, (2, "training", True), (20, "training", True), (3, "evaluation", True)]
+INTERRUPTIONS = {"offline": OFFLINE, "all": [*ALL, (1, (3, 304), True)]}
+INTERRUPTIONS |= {"offline evaluation": [(7, "evaluation", False), (7, "update", True)]}
+INTERRUPTIONS |= {"online evaluation": [(18, "evaluation", False), (3, "training", True)]}
+
+
+@pytest.mark.parametrize("interruptions", INTERRUPTIONS.values(), ids=INTERRUPTIONS.keys())
+def test_a_killed_run_does_again_what_was_lost_and_tensorboard_shows_it_once(go, interruptions):
+    """Checkpoints every 40 steps. If only the offline phase was hit, it ends the same bit for bit. An evaluation in
+    which it was stopped is made up for."""
+    whole, run = go(offline_steps=102), None
+    for interruption in interruptions:
+        run = go(run, *interruption, offline_steps=102, checkpoint_frequency=40)
+    assert go(run) == run and steps(run) == steps(whole)
+    if interruptions is OFFLINE:
+        assert points(run) == points(whole) and same(state(run), state(whole))
+
+
+SIGNALS = [signal.SIGINT, signal.SIGKILL, signal.SIGTERM, signal.SIGKILL, signal.SIGUSR1]
+
+
+@pytest.mark.parametrize("numbers", [SIGNALS, pytest.param(SIGNALS * 5, marks=pytest.mark.long)])
+def test_real_signals_end_a_run_with_the_command_that_goes_on_and_kills_do_no_harm(make_model, tmp_path, numbers):
+    """To all processes, as from a terminal, at random moments after a checkpoint, while one is written, too."""
+    flags = "--num-envs 1 --teacher-steps 112 --offline-steps 20 --learning-starts 60 --buffer-size 100 --no-cuda "
+    flags += "--network nature --batch-size 4 --teacher-eval-episodes 1 --eval-episodes 1 --checkpoint-frequency 20"
+    command, rng = [PROGRAM, *flags.split(), "--teacher", make_model(4, action=1)], random.Random(0)
+    streams = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True, cwd=tmp_path)
+
+    def last_checkpoint() -> int:
+        return max((path.stat().st_mtime_ns for path in tmp_path.glob("runs/*/checkpoint.pt")), default=0)
+
+    for number in numbers:
+        before, process = last_checkpoint(), subprocess.Popen([sys.executable, *command], **streams)
+        while process.poll() is None and last_checkpoint() <= before:
+            time.sleep(0.02)
+        time.sleep(rng.random())
+        os.killpg(process.pid, number)
+        output = process.communicate(timeout=100)[0]
+        assert process.returncode == (-9 if number == 9 else 128 + number) and "Traceback" not in output, output
+        if number != 9:
+            command = shlex.split(output.partition("go on with: python ")[2].splitlines()[0])
+    subprocess.run([sys.executable, *command, "--total-timesteps", "1"], cwd=tmp_path, check=True)
+    (run,) = tmp_path.glob("runs/*")
+    last = 20 + load_checkpoint(run)["progress"]["step"]
+    assert steps(run)["charts/distill_coeff"] == list(range(120, last + 1, 100))
+    assert steps(run)["charts/offline/avg_episodic_return"] == [0, 20] and steps(run)["eval/episodic_return"] == [last]
+
+
+@pytest.fixture
+def stopped(go) -> Path:
+    """A run that was stopped in its 12th offline update; its checkpoint before that is of the tenth."""
+    run = go(at=12, what="update", checkpoint_frequency=10)
+    assert [event for event in go.events if isinstance(event, tuple)][-2:] == [(2, 10), (2, 12)]
+    return run
+
+
+@pytest.mark.parametrize("kind", ["being written", "cut", "garbage", "malicious"])
+def test_a_damaged_checkpoint_costs_the_way_back_to_the_one_before(go, stopped, tmp_path, capfd, monkeypatch, kind):
+    """Nor is that lost before the next one is whole. Of two damaged ones nothing is left. No damage runs code."""
+    path, victim, copied = stopped / "checkpoint.pt", tmp_path / "victim", tmp_path / "copy"
+    good, bad = path.read_bytes(), saved(state(stopped) | {"facts": Malicious(victim)})
+    bad = {"being written": good[:5000], "cut": good[:-5000], "garbage": bytes(5000)}.get(kind, bad)
+    path.write_bytes(bad)
+    if kind == "being written":
+        path.rename(stopped / "checkpoint.pt.part")
+    shutil.copytree(stopped, copied)
+    whole, _ = go(), capfd.readouterr()
+    assert go(stopped) == stopped and f"--resume: {path} cannot be read: " in capfd.readouterr().out
+    assert same(state(stopped), state(whole)) and steps(stopped) == steps(whole)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", None)  # like a disk that takes nothing
+        assert refusal(go, copied, at=1, save_model=False).startswith(f"cannot write {copied}")
+    assert load_checkpoint(copied)["progress"]["step"] == 10
+    for name in ("checkpoint.pt", "checkpoint.previous.pt"):
+        (copied / name).write_bytes(bad)
+    assert refusal(load_checkpoint, copied).startswith(f"--resume {copied}: no checkpoint") and not victim.exists()
+
+
+@pytest.mark.parametrize(
+    "key", ["args", "facts", "progress", "networks", "optimizer", "generator", "replay", "teacher"]
+)
+def test_a_checkpoint_of_another_version_is_refused_in_a_line(stopped, command_line, key):
+    """A part is missing, or is another."""
+    content = load_checkpoint(stopped)
+    for part in [{}] if key in ("facts", "optimizer") else [{}, {key: {"new": torch.zeros(1)}}]:
+        torch.save({name: value for name, value in content.items() if name != key} | part, stopped / "checkpoint.pt")
+        code, _, errors = command_line("--resume", stopped)
+        assert code == 2 and f"error: --resume {stopped}: " in errors and "Traceback" not in errors
+
+
+def test_only_flags_that_change_no_result_may_change_and_a_run_may_be_longer(go, stopped):
+    before, refused = load_checkpoint(stopped)["args"], set()
+    free = "resume total_timesteps checkpoint_frequency eval_frequency eval_episodes evaluate teacher_buffer track "
+    free += "wandb_project_name wandb_entity capture_video save_model upload_model hf_entity capture compile"
+    others = dict(env_id="PongNoFrameskip-v4", network="impala", return_baseline="random", distill_steps=7)
+    for flag, value in before.items():
+        other = (not value) if isinstance(value, bool) else "x" if isinstance(value, str | None) else value * 0.9 or 0.5
+        try:
+            qdagger.validate(Args(**before | {flag: others.get(flag, other)}), before)
+        except UserError as error:
+            refused |= {flag} if "the run to be resumed has" in str(error) else set()
+    assert refused == before.keys() - set(free.split())
+    files = {path: path.stat().st_mtime_ns for path in stopped.rglob("*")}
+    assert refusal(go, stopped, learning_rate=1e-3).startswith("--learning-rate 0.001: the run to be resumed has ")
+    assert files == {path: path.stat().st_mtime_ns for path in stopped.rglob("*")}
+    logged, longer = points(go(stopped)), points(go(stopped, total_timesteps=480))
+    assert all(longer[tag][: len(logged[tag])] == logged[tag] for tag in logged)
+    assert [step for step, _ in longer["eval/episodic_return"]] == [124, 220, 324, 340, 420, 500]
+
+
+def test_checkpoints_come_every_so_many_steps_or_as_time_allows(go, monkeypatch):
+    """By a clock in which a vector step takes 100 s and a checkpoint 20: after 10 minutes, then after 2,000 s."""
+    scratch = dict(teacher="none", learning_starts=1000, eval_frequency=0, save_model=False)
+    go(checkpoint_frequency=24, total_timesteps=100, **scratch)
+    assert [event[1] for event in go.events if isinstance(event, tuple)] == [24, 48, 72, 96, 104]
+    written, write = [], qdagger.write
+    go.events.clear()
+    monkeypatch.setattr(qdagger, "write", lambda *args: written.append(1) or write(*args))
+    clock = {"monotonic": lambda: 100.0 * go.events.count("training") + 20 * len(written)}
+    monkeypatch.setattr(qdagger, "time", SimpleNamespace(**vars(time) | clock))
+    go(checkpoint_frequency=None, total_timesteps=480, **scratch)
+    assert [event[1] for event in go.events if isinstance(event, tuple)] == [8 * row for row in (7, 28, 49, 60)]
+
+
+def test_a_loss_that_is_no_number_stops_the_run_and_no_checkpoint_has_it(go, monkeypatch):
+    loss, factor = qdagger.qdagger_loss, lambda: math.nan if go.events.count("update") > 12 else 1
+    monkeypatch.setattr(qdagger, "qdagger_loss", lambda *args: [value * factor() for value in loss(*args)])
+    assert refusal(go, checkpoint_frequency=1).startswith("the loss is nan")
+    (run,) = Path("runs").iterdir()
+    for path in run.glob("*.pt"):
+        assert all(value.isfinite().all() for value in torch.load(path)["networks"].values())
+    assert load_checkpoint(run)["progress"]["step"] == 12
+
+
+def test_a_full_disk_ends_the_run_in_a_line_and_its_last_checkpoint_goes_on(go, command_line):
+    """As a limit that no file may exceed; the first checkpoints do not."""
+    new = {name.replace("_", "-"): value for name, value in go.new.items() if not isinstance(value, bool)}
+    flags = [f"--{name}={value}" for name, value in (new | {"checkpoint-frequency": 5}).items()]
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, limits[1]))
+    try:
+        code, _, errors = command_line(*flags, "--no-cuda")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    (run,) = Path("runs").iterdir()
+    assert code == 2 and errors.count("error: ") == 1 and f"error: cannot write {run}/checkpoint.pt" in errors
+    assert "Traceback" not in errors and load_checkpoint(run)["progress"]["step"] > 0
+    assert command_line("--resume", run)[0] == 0 and steps(run.absolute()) == steps(go())
+
+
+@pytest.mark.parametrize("at, step", [(-1, 320), (8 + 104 // 8 + 3, 104)])
+def test_the_model_is_written_at_the_end_and_at_each_evaluation(go, at, step):
+    """So it is that of the last one when the run is killed 3 rows later."""
+    run = go(at=at, what="training", kill=True)
+    content, (model,) = load_checkpoint(run), run.glob("*.cleanrl_model")
+    networks = {name.removeprefix("q_network."): value for name, value in content["networks"].items()}
+    assert same(torch.load(model), {name: value for name, value in networks.items() if "target" not in name})
+    assert content["progress"]["step"] == content["progress"]["evaluated"] == step
