@@ -274,14 +274,14 @@ class FrameReplay:
         """Room for `capacity` environment steps, of all environments together; and what is in `state`, a state_dict."""
         self.num_envs, self.rows, self.device = num_envs, math.ceil(capacity / num_envs), device
         size, zeros = self.rows * num_envs, partial(torch.zeros, device=device)
-        with user_error("--buffer-size, --teacher-steps: too large for the memory"):
+        with user_error("--buffer-size, --teacher-steps: too large for the memory, or not those of the checkpoint"):
             self.frames = torch.empty((size, SIDE * SIDE), dtype=torch.uint8, device=device)
             self.actions, self.rewards = zeros(size, dtype=torch.int64), zeros(size)
             self.terminations, self.truncations = zeros(size, dtype=torch.bool), ~zeros(size, dtype=torch.bool)
             self.teacher_q_values = zeros((size, num_actions))
-        self.written = zeros((), dtype=torch.int64)  # rows; a tensor, since a CUDA graph would freeze a number
-        if state:
-            self.load_state_dict(state)
+            self.written = zeros((), dtype=torch.int64)  # rows; a tensor, since a CUDA graph would freeze a number
+            if state:
+                self.load_state_dict(state)
 
     def slots(self, times: torch.Tensor, envs: torch.Tensor) -> torch.Tensor:
         """Where the `times`-th rows ever written keep these environments."""
@@ -500,7 +500,7 @@ class Run:
 
     def __init__(self, args: Args, facts: dict[str, str], first_step: int):
         """A new directory, or that of --resume, where what was logged from `first_step` on will be logged again."""
-        self.frequency, self.steps, self.time, self.cost = args.checkpoint_frequency, 0, time.monotonic(), 0.0
+        self.frequency, self.time, self.cost = args.checkpoint_frequency, time.monotonic(), 0.0
         name, settings = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}", asdict(args) | facts
         self.directory = Path(args.resume or f"runs/{name}")
         self.directory.mkdir(parents=True, exist_ok=args.resume is not None)
@@ -517,19 +517,17 @@ class Run:
         for tag, value in scalars.items():
             self.writer.add_scalar(tag, value, step)
 
-    def time_to_save(self, steps: int) -> bool:
-        """Whether it is, with so many more steps done: unless told otherwise, at most 1% of the time goes into it."""
-        self.steps += steps
-        time_is_up = time.monotonic() - self.time > max(600, 100 * self.cost)
-        return time_is_up if self.frequency is None else 0 < self.frequency <= self.steps
+    def time_to_save(self, step: int, stride: int) -> bool:
+        """Whether it is, at this step: unless told otherwise, at most 1% of the time goes into it."""
+        if self.frequency is None:
+            return time.monotonic() - self.time > max(600, 100 * self.cost)
+        return step > 0 and due(step - stride, stride, self.frequency)
 
     def save(self, state: dict) -> None:
         start, path = time.monotonic(), self.directory / "checkpoint.pt"
         self.writer.flush()
-        if path.exists():
-            path.replace(path.with_suffix(".previous.pt"))
-        write(state, path)
-        self.steps, self.time, self.cost = 0, time.monotonic(), time.monotonic() - start
+        write(state, path, before=path.with_suffix(".previous.pt"))
+        self.time, self.cost = time.monotonic(), time.monotonic() - start
 
 
 def train(args: Args, stop: Sequence[int] = ()) -> Path:
@@ -554,7 +552,7 @@ def train(args: Args, stop: Sequence[int] = ()) -> Path:
     # Phase 0: the teacher is found and measured. A run that is resumed has that behind it.
     if saved:
         with user_error(f"--resume {args.resume}: its checkpoint does not fit"):
-            progress, facts = Progress(**saved["progress"]), saved["facts"]
+            progress, facts, _ = Progress(**saved["progress"]), saved["facts"], saved["replay"]  # of which later
             teacher = network_of(saved["teacher"], num_actions).to(device) if saved["teacher"] else None
             learner.load_state_dict(saved["networks"])
             learner.optimizer.load_state_dict(learner.optimizer.state_dict() | {"state": saved["optimizer"]})
@@ -585,7 +583,7 @@ def train(args: Args, stop: Sequence[int] = ()) -> Path:
                     scores = evaluate(learner.q_values, args, args.eval_episodes, device, video=video, stop=stop)
                     progress.evaluated, progress.scores = progress.step, scores
                     run.log(logged, {tag: np.mean(scores)})
-            if evaluating or stop or at_end or run.time_to_save(stride):
+            if evaluating or stop or at_end or run.time_to_save(progress.step, stride):
                 learner.read_metrics()  # nothing is kept that has diverged
                 if args.save_model:
                     write(learner.q_network.state_dict(), run.directory / f"{args.exp_name}.cleanrl_model")
@@ -753,14 +751,16 @@ def load_teacher_buffer(path: Path, made_with: dict, replay: FrameReplay) -> Non
         replay.load_state_dict(content["replay"])
 
 
-def write(content: dict, path: Path) -> None:
-    """torch.save beside `path`, to the disk, then rename: never half a file. UserError if there is no room."""
+def write(content: dict, path: Path, before: Path | None = None) -> None:
+    """torch.save beside `path`, to the disk, then rename: never half a file. What was there is kept as `before`."""
     part = path.with_name(path.name + ".part")
     with user_error(f"cannot write {path}; once it can be written, --resume"):
         with part.open("wb") as file:
             torch.save(content, file)
             file.flush()
             os.fsync(file.fileno())
+        if before and path.exists():
+            path.replace(before)
         part.replace(path)
 
 
@@ -828,7 +828,7 @@ def upload(args: Args, run_dir: Path | None = None, score: str = "") -> None:
         if run_dir:
             result = EvalResult(task, args.env_id, args.env_id, metric_type="mean_reward", metric_value=score)
             card = ModelCardData(model_name=name, tags=[args.env_id, task], pipeline_tag=task, eval_results=[result])
-            (run_dir / "README.md").write_text(f"---\n{card}\n---\n# QDagger on {args.env_id}: {score}\n")
+            (run_dir / "README.md").write_bytes(f"---\n{card}\n---\n# QDagger on {args.env_id}: {score}\n".encode())
             HfApi().upload_folder(repo_id=repo, folder_path=run_dir, ignore_patterns="checkpoint*")
 
 

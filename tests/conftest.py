@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -97,17 +96,6 @@ def command_line(tmp_path, monkeypatch, capfd):
         except SystemExit as stop:
             code = stop.code
         return code, *capfd.readouterr()
-
-    return run
-
-
-@pytest.fixture(scope="session")
-def run_program():
-    """run_program(*flags, cwd): the program from the command line, to its end."""
-
-    def run(*flags, cwd: Path) -> subprocess.CompletedProcess:
-        command = [sys.executable, PROGRAM, *map(str, flags)]
-        return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=200)
 
     return run
 

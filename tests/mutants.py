@@ -1,4 +1,4 @@
-"""Small wrong changes to the program, each of which the tests must notice: what is wrong, (the right text, the wrong)."""
+"""Small wrong changes to the program, all of which the tests must notice: what is wrong, the right text, the wrong."""
 
 MUTANTS = {
     # the loss
@@ -75,8 +75,10 @@ MUTANTS = {
     "learning_starts in another unit": ("if step > learning_starts", "if global_step > learning_starts"),
     "one gradient step per vector step": ("step % args.train_frequency == 0:", "begin % args.train_frequency == 0:"),
     "a target update lost under a stride": (
-        "            if step % args.target_network_frequency == 0:\n                learner.update_target(args.tau)\n        teacher_q",
-        "            if begin % args.target_network_frequency == 0:\n                learner.update_target(args.tau)\n        teacher_q",
+        "step % args.target_network_frequency == 0:"
+        "\n                learner.update_target(args.tau)\n        teacher_q",
+        "begin % args.target_network_frequency == 0:"
+        "\n                learner.update_target(args.tau)\n        teacher_q",
     ),
     "no target update at the end of the offline phase": ("        learner.update_target(tau=1.0)\n", ""),
     "tau ignored": ("list(self.q_network.parameters()), tau)", "list(self.q_network.parameters()), 1.0)"),
@@ -95,7 +97,7 @@ MUTANTS = {
     # checkpoints
     "the optimizer not restored": ('| {"state": saved["optimizer"]}', ""),
     "the generator not restored": ('            learner.generator.set_state(saved["generator"])\n', ""),
-    "the checkpoint before is not kept": ('path.replace(path.with_suffix(".previous.pt"))', "path.unlink()"),
+    "the checkpoint before is not kept": ("path.replace(before)", "path.unlink()"),
     "checkpoints written in place": ('part = path.with_name(path.name + ".part")', "part = path"),
     "points logged twice": ("purge_step=first_step", "purge_step=None"),
     "a model file may run code": (

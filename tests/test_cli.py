@@ -5,7 +5,6 @@ import re
 import shutil
 import subprocess
 import sys
-from unittest.mock import MagicMock
 
 import cv2
 import numpy as np
@@ -86,20 +85,18 @@ def test_what_is_just_enough_is_not_refused():
     validate(Args(gamma=1.0, tau=1.0, start_e=0.0, end_e=1.0, repeat_action_probability=1.0), {})
 
 
-def test_a_directory_or_a_replay_that_cannot_be_made_ends_in_a_line(refused, command_line, monkeypatch, tmp_path):
+def test_a_directory_or_a_replay_that_cannot_be_made_is_refused(refused, tmp_path):
+    line = refused("--teacher=none", "--no-cuda", f"--buffer-size={10**13}")
+    assert line.startswith("--buffer-size") and "memory" in line
     (tmp_path / "runs").write_text("in the way")
     assert "runs" in refused("--teacher=none", "--no-cuda")
-    (tmp_path / "runs").unlink()
-    monkeypatch.setattr(qdagger, "SummaryWriter", MagicMock())
-    code, _, err = command_line("--teacher=none", "--no-cuda", f"--buffer-size={10**13}")
-    assert code == 2 and re.fullmatch("error: --buffer-size.+memory.+\n", err)
 
 
 @pytest.mark.parametrize("baseline, score, chance", [("zero", 0.0, -9.0), ("random", 3.0, 3.0), ("random", 3.0, 5.0)])
 def test_a_teacher_that_is_not_above_the_baseline_is_refused(refused, make_model, monkeypatch, baseline, score, chance):
     monkeypatch.setattr(qdagger, "evaluate", lambda *_, epsilon=None, **__: [chance if epsilon == 1.0 else score])
-    teacher = make_model(4)
-    line = refused("--teacher", teacher, "--return-baseline", baseline, "--no-cuda")
+    teacher, little = make_model(4), ["--teacher-steps=112", "--offline-steps=1", "--total-timesteps=0", "--no-cuda"]
+    line = refused("--teacher", teacher, "--return-baseline", baseline, *little)
     assert line.startswith(f"--teacher {teacher}: ") and f"{score:.2f}" in line and "--return-baseline random" in line
 
 
@@ -107,13 +104,13 @@ def test_evaluate_prints_every_game_and_their_mean_and_films_one(command_line, m
     """On the processor if there is no GPU; the film if it can be made."""
     model, film = tmp_path / "model", bool(importlib.util.find_spec("moviepy"))
     shutil.copy(make_model(4, action=1), model)
-    flags = ["--evaluate", model, "--eval-episodes", 2, "--end-e", 0.05, "--no-cuda", "--seed", 3]
+    flags = ["--evaluate", model, "--eval-episodes", 3, "--end-e", 0.05, "--no-cuda", "--seed", 4]
     code, out, _ = command_line(*flags, *["--capture-video"] * film)
-    args = Args(end_e=0.05, seed=3)
-    returns = qdagger.evaluate(load_network(model, 4, "--evaluate"), args, 2, torch.device("cpu"))
+    args, network = Args(end_e=0.05, seed=4), load_network(model, 4, "--evaluate")
+    returns = qdagger.evaluate(network, args, 3, torch.device("cpu"))  # not all the same
     *games, last = out.splitlines()
     assert code == 0 and games == [f"game {number}: {score:g}" for number, score in enumerate(returns, 1)]
-    assert last == f"{np.mean(returns):.2f} ± {np.std(returns):.2f} over 2 games of BreakoutNoFrameskip-v4"
+    assert last == f"{np.mean(returns):.2f} ± {np.std(returns):.2f} over 3 games of BreakoutNoFrameskip-v4"
     if film:
         video = cv2.VideoCapture(str(tmp_path / "videos" / "evaluation.mp4"))
         assert video.get(cv2.CAP_PROP_FRAME_COUNT) > 20 and video.read()[1].shape == (210, 160, 3)

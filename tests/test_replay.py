@@ -104,7 +104,7 @@ def test_samples_of_any_history_are_what_a_naive_store_holds(examples, monkeypat
     """Any number of games, room, n and ends, before and after the ring has wrapped around; saved, loaded, played on."""
     monkeypatch.setattr(FrameReplay, "BLOCK", 7)
     whole, parts = strategies.integers, strategies.lists(strategies.integers(1, 40), min_size=1, max_size=3)
-    share = strategies.floats(0, 0.8)  # of steps that end an episode
+    share = strategies.floats(0, 0.8, allow_subnormal=False)  # of steps that end an episode
 
     @settings(max_examples=examples, deadline=None, derandomize=True, database=None)
     @given(whole(1, 16), whole(1, 5), whole(0, 20), whole(0, 15), parts, share, whole(0, 2**32))

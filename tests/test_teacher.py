@@ -198,7 +198,7 @@ def buffer_run(make_model, monkeypatch):
     settings = dict(num_envs=1, teacher_steps=56, offline_steps=2, total_timesteps=0, buffer_size=40, cuda=False)
     settings, replays = settings | {"teacher": str(make_model(4, action=1)), "network": "nature"}, []
     monkeypatch.setattr(qdagger, "evaluate", lambda *args, **options: [1.0])
-    monkeypatch.setattr(qdagger, "Run", MagicMock(**{"return_value.due.return_value": False}))
+    monkeypatch.setattr(qdagger, "Run", MagicMock(**{"return_value.time_to_save.return_value": False}))
     monkeypatch.setattr(qdagger.Learner, "gradient_step", lambda _, replay: replays.append(replay))
 
     def run(**changes) -> FrameReplay:
