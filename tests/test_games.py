@@ -19,7 +19,7 @@ from qdagger_dqn_atari_impalacnn import STACK, Args, AtariGames, AtariVectorEnv,
 KIND = "NoFrameskip-v4"
 GAMES = sorted(env_id.removesuffix(KIND) for env_id in gym.registry if env_id.endswith(KIND))
 PLAYED = {"Breakout": 400, "Pong": 1000, "BeamRider": 1000, "SpaceInvaders": 600, "Freeway": 2060}
-PLAYED |= {"Asterix": 400, "BankHeist": 430}  # lives without FIRE; lives that are 0 before the game is over
+PLAYED |= {"Asterix": 400, "BankHeist": 570}  # lives without FIRE; lives that are 0 before the game is over
 
 
 class Informed(AtariVectorEnv):
@@ -156,15 +156,15 @@ def test_several_games_are_those_of_their_seeds(game, num_envs, seed, sticky, ma
 def test_actions_stick_only_when_asked():
     """Not by default, although ale-py's newer environments do; with probability 1 none is ever taken."""
 
-    def last_images(game: str, actions: np.ndarray, **options) -> list:
-        return [images for *_, images, _ in play(new_games(game, 1, 4, **options), actions)][-1].tolist()
+    def last_images(game: str, actions: np.ndarray, **options) -> np.ndarray:
+        return [images for *_, images, _ in play(new_games(game, 1, 4, **options), actions)][-1]
 
     options = [{"repeat_action_probability": probability} for probability in (0.0, 0.25, 1.0)]
     actions = np.random.default_rng(0).integers(6, size=(100, 1))
     default, plain, sticky = (last_images("SpaceInvaders", actions, **option) for option in ({}, *options[:2]))
-    assert default == plain != sticky
+    assert np.array_equal(default, plain) and not np.array_equal(plain, sticky)
     left, right = (last_images("Breakout", np.full((30, 1), action), **options[2]) for action in (2, 3))
-    assert left == right
+    assert np.array_equal(left, right)
 
 
 @pytest.mark.parametrize("max_frames", [400], indirect=True)
