@@ -88,7 +88,7 @@ def test_a_run_stopped_at_any_moment_goes_on_as_if_nothing_had_happened(go):
     whole, events, exact = go(), go.events.copy(), set()
     assert [events.count(what) for what in ("evaluation", "training", "update")] == [7 * 5, 8 + 40, 20 + 20]
     assert not go(at=3)  # in the teacher's evaluation there is no run yet
-    for at in range(8, len(events) + 1, 6):
+    for at in range(9, len(events) + 1, 6):
         go.events.clear()
         run = go(at=at)
         stopped = state(run)
@@ -102,7 +102,7 @@ def test_a_run_stopped_at_any_moment_goes_on_as_if_nothing_had_happened(go):
     assert {phase for phase, _ in exact} == {1, 2, 3} and {what for _, what in exact} >= {"evaluation", "update"}
 
 
-OFFLINE = [(70, "update", True), (40, "update", True), (1, (2, 102), True)]
+OFFLINE = [(70, "update", True), (36, "update", True), (1, (2, 102), True)]
 ALL = [(3, "training", True), *OFFLINE, (2, "training", True), (20, "training", True), (3, "evaluation", True)]
 INTERRUPTIONS = {"offline": OFFLINE, "all": [*ALL, (1, (3, 304), True)]}
 INTERRUPTIONS |= {"offline evaluation": [(7, "evaluation", False), (7, "update", True)]}
@@ -111,11 +111,11 @@ INTERRUPTIONS |= {"online evaluation": [(18, "evaluation", False), (3, "training
 
 @pytest.mark.parametrize("interruptions", INTERRUPTIONS.values(), ids=INTERRUPTIONS.keys())
 def test_a_killed_run_does_again_what_was_lost_and_tensorboard_shows_it_once(go, interruptions):
-    """Checkpoints every 40 steps. If only the offline phase was hit, it ends the same bit for bit. An evaluation in
+    """Checkpoints every 33 steps. If only the offline phase was hit, it ends the same bit for bit. An evaluation in
     which it was stopped is made up for."""
     whole, run = go(offline_steps=102), None
     for interruption in interruptions:
-        run = go(run, *interruption, offline_steps=102, checkpoint_frequency=40)
+        run = go(run, *interruption, offline_steps=102, checkpoint_frequency=33)
     assert go(run) == run and steps(run) == steps(whole)
     if interruptions is OFFLINE:
         assert points(run) == points(whole) and same(state(run), state(whole))
