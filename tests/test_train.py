@@ -278,7 +278,7 @@ CASES |= {"cut off": (dict(distill_steps=120, offline_steps=60), [1, 0, 0, 0], 1
 @pytest.mark.parametrize("changes, coefficients, asked, taught", CASES.values(), ids=CASES.keys())
 def test_lambda_once_over_stays_0_and_the_teacher_is_not_asked(run, monkeypatch, changes, coefficients, asked, taught):
     """Of a teacher of 2: students of 1.5 after 30 vector steps, of 3 after 55, of 1 after 80. It is `asked` for
-    Q-values in so many vector steps; in so many of four points its loss is logged."""
+    Q-values in so many vector steps, 15 of its buffer; in so many of four points its loss is logged."""
     calls, load = [], qdagger.load_network
     counted = lambda network: (network.register_forward_hook(lambda *_: calls.append(1)), network)[1]  # noqa: E731
     monkeypatch.setattr(qdagger, "load_network", lambda *args: counted(load(*args)))
