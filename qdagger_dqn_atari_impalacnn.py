@@ -877,8 +877,8 @@ def main() -> None:
 
     def handle(number: int, _) -> None:
         stop.append(number)
-        tqdm.write("stopping; the same signal again quits at once", file=sys.stderr)
-        signal.signal(number, signal.SIG_DFL)  # the same again quits at once
+        signal.signal(number, signal.SIG_DFL)
+        os.write(2, b"\nstopping; the same signal again quits at once\n")  # print may be in the middle of a line
 
     for name in {"SIGINT", "SIGTERM", "SIGUSR1"} & set(dir(signal)):  # the last is Slurm's warning, not on Windows
         signal.signal(getattr(signal, name), handle)
