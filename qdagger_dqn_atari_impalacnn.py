@@ -79,7 +79,7 @@ class Args:
 
     # environment
     env_id: str = "BreakoutNoFrameskip-v4"  # one of ale-py's *NoFrameskip-v4 games
-    num_envs: int = 4  # games side by side, the teacher's four times as many; updates per step do not depend on it
+    num_envs: int = 4  # games side by side, the teacher's eight times as many; updates per step do not depend on it
     repeat_action_probability: float = 0.0  # chance that a frame repeats the last action; 0.25 = sticky actions
 
     # DQN
@@ -231,7 +231,7 @@ class AtariNetwork(nn.Module):
         self.network = nn.Sequential(*layers, *head)
 
     def forward(self, obs: torch.Tensor) -> torch.Tensor:
-        features = self.network[:-1](obs.to(torch.float32, memory_format=torch.channels_last).div_(255))
+        features = self.network[:-1](obs.float().div_(255))
         with torch.autocast(obs.device.type, enabled=False):  # bfloat16 is too coarse to tell one action from another
             return self.network[-1](features.float())
 
@@ -600,7 +600,7 @@ def train(args: Args, stop: Sequence[int] = ()) -> Path:
             bar.update(stride)
 
     # Phase 1: the teacher fills its buffer, unless a file has it.
-    teacher_envs = 4 * args.num_envs  # the more the faster, since its policy never ages
+    teacher_envs = 8 * args.num_envs  # the more the faster, since its policy never ages
     if teacher and (progress.phase == 1 or not saved):
         run.log(0, {"charts/teacher/avg_episodic_return": progress.teacher_return})
     names = ["env_id", "repeat_action_probability", "num_envs", "teacher_steps", "start_e", "end_e"]
@@ -701,7 +701,7 @@ def network_of(state: dict[str, torch.Tensor], num_actions: int) -> AtariNetwork
         network = kind(num_actions).requires_grad_(False)
         with suppress(RuntimeError):  # other names or shapes
             network.load_state_dict(state)
-            return network.to(memory_format=torch.channels_last)
+            return network
     raise ValueError(f"no weights of a Nature CNN or Impala-CNN for the {num_actions} actions of --env-id")
 
 
@@ -849,7 +849,7 @@ def validate(args: Args, before: dict) -> None:
         *((flag, numbers[flag] > 0, "must be above 0") for flag in positive.split()),
         *((flag, numbers[flag] <= 1, "must lie between 0 and 1") for flag in shares.split()),
         ("buffer_size", args.buffer_size >= least, f"too few: {least} or more"),
-        ("teacher_steps", args.teacher == "none" or args.teacher_steps >= 4 * least, f"too few: {4 * least} or more"),
+        ("teacher_steps", args.teacher == "none" or args.teacher_steps >= 8 * least, f"too few: {8 * least} or more"),
         ("teacher_buffer", os.access(Path(args.teacher_buffer or "_").absolute().parent, os.W_OK), "not writable"),
         ("upload_model", args.save_model or not args.upload_model, "there is nothing to upload without --save-model"),
         ("capture_video", not args.capture_video or importlib.util.find_spec("moviepy"), "pip install moviepy"),

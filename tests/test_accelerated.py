@@ -218,7 +218,7 @@ def test_a_whole_run_keeps_one_replay_at_a_time_and_can_be_resumed(cuda, monkeyp
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(qdagger, "FrameReplay", one_at_a_time)
     monkeypatch.setattr(qdagger, "evaluate", lambda *args, **options: [1.0])
-    args = replace(ARGS, cuda=cuda, teacher=str(make_model(4)), teacher_steps=200, buffer_size=150, offline_steps=100)
+    args = replace(ARGS, cuda=cuda, teacher=str(make_model(4)), teacher_steps=224, buffer_size=150, offline_steps=100)
     args = replace(args, total_timesteps=200, learning_starts=40, train_frequency=8, batch_size=2)
     logged = points(qdagger.train(replace(args, resume=str(qdagger.train(args)), total_timesteps=300)))
     assert [step for step, _ in logged["losses/loss"]] == [200, 300, 400]

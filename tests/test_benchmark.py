@@ -50,7 +50,7 @@ def test_the_program_is_stopped_and_finishes(tmp_path, make_model):
         "--teacher",
         make_model(4, action=1),
         "--network=nature",
-        "--teacher-steps=200",
+        "--teacher-steps=224",
         "--offline-steps=20",
         "--eval-episodes=1",
     ]

@@ -52,7 +52,7 @@ OTHERS = {
     "--env-id ALE/Breakout-v5": "PongNoFrameskip-v4",
     "--env-id CartPole-v1": "PongNoFrameskip-v4",
     "--buffer-size 55 --num-envs 8": "56 or more",  # an n-step return and a stack in each
-    "--teacher-steps 69 --num-envs 2 --n-step 5": "72 or more",  # four times as many games
+    "--teacher-steps 143 --num-envs 2 --n-step 5": "144 or more",  # eight times as many games
     "--upload-model": "--save-model",
     "--capture-video": "pip install moviepy",
     "--track": "pip install wandb",
@@ -79,7 +79,7 @@ def test_what_cannot_work_is_refused_before_any_work(refused, make_model, monkey
 
 
 def test_what_is_just_enough_is_not_refused():
-    validate(Args(num_envs=8, buffer_size=56, teacher_steps=224), {})
+    validate(Args(num_envs=8, buffer_size=56, teacher_steps=448), {})
     skipped = "total_timesteps learning_starts offline_steps distill_steps eval_frequency checkpoint_frequency"
     validate(Args(**dict.fromkeys(skipped.split(), 0)), {})
     validate(Args(gamma=1.0, tau=1.0, start_e=0.0, end_e=1.0, repeat_action_probability=1.0), {})
@@ -95,7 +95,7 @@ def test_a_directory_or_a_replay_that_cannot_be_made_is_refused(refused, tmp_pat
 @pytest.mark.parametrize("baseline, score, chance", [("zero", 0.0, -9.0), ("random", 3.0, 3.0), ("random", 3.0, 5.0)])
 def test_a_teacher_that_is_not_above_the_baseline_is_refused(refused, make_model, monkeypatch, baseline, score, chance):
     monkeypatch.setattr(qdagger, "evaluate", lambda *_, epsilon=None, **__: [chance if epsilon == 1.0 else score])
-    teacher, little = make_model(4), ["--teacher-steps=112", "--offline-steps=1", "--total-timesteps=0", "--no-cuda"]
+    teacher, little = make_model(4), ["--teacher-steps=224", "--offline-steps=1", "--total-timesteps=0", "--no-cuda"]
     line = refused("--teacher", teacher, "--return-baseline", baseline, *little)
     assert line.startswith(f"--teacher {teacher}: ") and f"{score:.2f}" in line and "--return-baseline random" in line
 

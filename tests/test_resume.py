@@ -22,7 +22,7 @@ from test_train import Clockwork, same, tiny
 import qdagger_dqn_atari_impalacnn as qdagger
 from qdagger_dqn_atari_impalacnn import Args, Learner, Run, UserError, load_checkpoint, train
 
-PHASES = dict(teacher_steps=256, offline_steps=20, total_timesteps=320, learning_starts=160, buffer_size=240)
+PHASES = dict(teacher_steps=512, offline_steps=20, total_timesteps=320, learning_starts=160, buffer_size=240)
 SIZES = dict(num_envs=8, network="nature", batch_size=4, target_network_frequency=40, teacher_eval_episodes=1)
 OTHERS = dict(eval_episodes=1, eval_frequency=100, train_frequency=8, save_model=True, cuda=False)
 
@@ -95,7 +95,7 @@ def test_a_run_stopped_at_any_moment_goes_on_as_if_nothing_had_happened(go):
         assert go(run) == run and go.events.count("update") == 40 and steps(run) == steps(whole), at
         assert state(run)["progress"]["step"] == 320 and state(run)["replay"]["written"] == 40
         phase, replay = stopped["progress"]["phase"], stopped["replay"]
-        envs, rows = (32, 8) if phase == 1 else (8, 30)
+        envs, rows = (64, 8) if phase == 1 else (8, 30)
         if phase == 2 or replay["truncations"].view(-1, envs)[(replay["written"] - 1) % rows :][:1].all():
             exact.add((phase, events[at - 1]))
             assert same(state(run), state(whole)) and points(run) == points(whole), at

@@ -34,7 +34,7 @@ def test_a_loaded_model_is_the_one_that_was_saved(tmp_path, network_class, dtype
     assert type(loaded) is network_class
     assert all(value.dtype == torch.float32 and not value.requires_grad for value in loaded.parameters())
     with torch.no_grad():
-        assert torch.equal(loaded(OBS), network.float()(OBS))
+        assert torch.equal(loaded(OBS), network.float().to(memory_format=torch.contiguous_format)(OBS))
 
 
 def sb3(path: Path, algorithm=DQN, policy="CnnPolicy", num_actions=4, shape=(84, 84, 4), **options) -> DQN | PPO:
@@ -195,7 +195,7 @@ def test_the_bundled_teachers_are_those_of_their_cards_and_can_be_loaded():
 @pytest.fixture
 def buffer_run(make_model, monkeypatch):
     """run(**changes): phase 1 for two offline steps, which are not done; the replay that they would learn from."""
-    settings = dict(num_envs=1, teacher_steps=56, offline_steps=2, total_timesteps=0, buffer_size=40, cuda=False)
+    settings = dict(num_envs=1, teacher_steps=112, offline_steps=2, total_timesteps=0, buffer_size=40, cuda=False)
     settings, replays = settings | {"teacher": str(make_model(4, action=1)), "network": "nature"}, []
     monkeypatch.setattr(qdagger, "evaluate", lambda *args, **options: [1.0])
     monkeypatch.setattr(qdagger, "Run", MagicMock(**{"return_value.time_to_save.return_value": False}))
@@ -222,14 +222,14 @@ def test_the_file_of_the_buffer_is_for_students_with_the_same_teacher_alone(buff
     """For them no teacher plays again; for others it is refused with the name of the setting."""
     path = tmp_path / "buffer.pt"
     first = buffer_run(teacher_buffer=str(path)).state_dict()
-    content, first["truncations"][-4:] = path.read_bytes(), True  # so does the last row count once it is read
+    content, first["truncations"][-8:] = path.read_bytes(), True  # so does the last row count once it is read
     assert "teacher buffer" in capfd.readouterr().err
     second = buffer_run(teacher_buffer=str(path), seed=2).state_dict()
     assert "teacher buffer" not in capfd.readouterr().err and path.read_bytes() == content
     assert first.keys() == second.keys() and first["written"] == 14
     assert all(torch.equal(*pair) for pair in zip(first.pop("frames"), second.pop("frames"), strict=True))
     assert all(torch.equal(first[name], second[name]) for name in first)
-    others = dict(env_id=PONG, repeat_action_probability=0.25, num_envs=2, teacher_steps=60, start_e=0.5, end_e=0.5)
+    others = dict(env_id=PONG, repeat_action_probability=0.25, num_envs=2, teacher_steps=120, start_e=0.5, end_e=0.5)
     for name, value in (others | {"teacher": str(make_model(4, action=2))}).items():
         changes = {name: value} | ({"teacher": str(make_model(6))} if name == "env_id" else {})
         message = refusal(buffer_run, teacher_buffer=str(path), **changes)
@@ -255,7 +255,7 @@ def test_a_damaged_buffer_is_refused_and_never_runs_code(tmp_path):
 
 
 UPLOAD = ["--num-envs=1", "--total-timesteps=28", "--offline-steps=0", "--network=nature", "--batch-size=4"]
-UPLOAD += ["--buffer-size=28", "--teacher-steps=28", "--no-cuda", "--save-model", "--upload-model"]
+UPLOAD += ["--buffer-size=28", "--teacher-steps=56", "--no-cuda", "--save-model", "--upload-model"]
 MODEL, NAME = "qdagger_dqn_atari_impalacnn.cleanrl_model", "BreakoutNoFrameskip-v4-qdagger_dqn_atari_impalacnn-seed1"
 
 
