@@ -1,9 +1,6 @@
 """What several tests share: models made here, points as TensorBoard shows them, the program as a subprocess, a hub."""
 
-import base64
-import hashlib
 import io
-import json
 import os
 import shutil
 import signal
@@ -100,96 +97,53 @@ def command_line(tmp_path, monkeypatch, capfd):
     return run
 
 
-class Hub(BaseHTTPRequestHandler):
-    """As much of the hub's protocol as downloads and uploads need, over HTTP on the loopback interface.
+# No test asks the real hub, or is logged in there, which is settled when huggingface_hub is imported.
+HUB_HOME = TemporaryDirectory()
+for variable in [name for name in os.environ if name.startswith(("HF_", "HUGGING_FACE_"))]:
+    del os.environ[variable]
+os.environ |= {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": HUB_HOME.name, "HF_HUB_DISABLE_XET": "1"}
+os.environ["no_proxy"] = "127.0.0.1"
 
-    `files` maps (repository, file name) to content, `repos` are those that were created, `commits` the files that each
-    was sent, by alice of the organisation lab with token hf_right. `fault` makes it answer `status` to a request whose
-    path contains that word; as long as they are True, `break_off` makes it hang up halfway through each content, and
-    `silent` say nothing at all.
-    """
 
-    listener, port = None, 0
-
-    @classmethod
-    def reset(cls) -> None:
-        cls.files, cls.requests, cls.repos, cls.commits, cls.commit_hash = {}, [], [], {}, "c0ffee" * 6 + "c0ff"
-        cls.fault, cls.status, cls.break_off, cls.silent = "", 500, False, False
-        if not cls.listener:
-            cls.listener = ThreadingHTTPServer(("127.0.0.1", cls.port), cls)
-            cls.port = cls.listener.server_port
-            threading.Thread(target=cls.listener.serve_forever, args=(0.05,), daemon=True).start()
-
-    @classmethod
-    def close(cls) -> None:
-        """From now on nobody listens at the port."""
-        cls.listener.shutdown()
-        cls.listener.server_close()
-        cls.listener = None
+class HubHandler(BaseHTTPRequestHandler):
+    """As much of the hub's protocol as downloads need."""
 
     def log_message(self, *_) -> None:
         pass
 
-    def answer(self, status: int, content: bytes = b"", **headers) -> None:
-        self.send_response(status)
-        for name, value in {"Content-Length": len(content), **headers}.items():
-            self.send_header(name.replace("_", "-"), str(value))
+    def respond(self) -> None:
+        hub = self.server
+        hub.requests.append(self.path)
+        self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        while hub.silent:
+            threading.Event().wait(0.05)
+        content = hub.files.get(tuple(self.path.removeprefix("/").split("/resolve/main/")), b"")
+        headers = {"Content-Length": len(content), "X-Repo-Commit": hub.commit_hash, "ETag": hash(content)}
+        self.send_response(hub.status or (200 if content else 404))
+        for name, value in headers.items() if content else [("Content-Length", 0), ("X-Error-Code", "EntryNotFound")]:
+            self.send_header(name, str(value))
         self.end_headers()
         if self.command != "HEAD":
-            self.wfile.write(content[: len(content) // 2] if self.break_off else content)
-
-    def respond(self) -> None:
-        self.requests.append((self.command, self.path))
-        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        while self.silent:
-            threading.Event().wait(0.05)
-        if self.fault and self.fault in self.path:
-            return self.answer(self.status)
-        if self.command == "POST":
-            return self.receive([json.loads(line) for line in body.splitlines()])
-        repo, _, file = self.path.removeprefix("/").partition("/resolve/")
-        content = self.files.get((repo, file.partition("/")[2]))
-        if content is None:
-            missing = "Entry" if repo in {of_repo for of_repo, _ in self.files} else "Repo"
-            return self.answer(404, X_Error_Code=f"{missing}NotFound")
-        self.answer(200, content, ETag=f'"{hashlib.sha1(content).hexdigest()}"', X_Repo_Commit=self.commit_hash)
+            self.wfile.write(content)
 
     do_HEAD = do_GET = do_POST = respond
 
-    def receive(self, lines: list[dict]) -> None:
-        url, answer = f"http://127.0.0.1:{self.port}", {}
-        if self.path != "/api/validate-yaml" and self.headers["Authorization"] != "Bearer hf_right":
-            return self.answer(401)
-        if self.path == "/api/repos/create":
-            owner = lines[0]["organization"] or "alice"
-            if owner not in ("alice", "lab"):
-                return self.answer(403)
-            self.repos.append(f"{owner}/{lines[0]['name']}")
-            answer = {"url": f"{url}/{self.repos[-1]}"}
-        elif "/preupload/" in self.path:
-            names = [file["path"] for file in lines[0]["files"]]
-            answer = {"files": [{"path": name, "uploadMode": "regular", "shouldIgnore": False} for name in names]}
-        elif "/commit/" in self.path:
-            repo = self.path.removeprefix("/api/models/").partition("/commit/")[0]
-            files = [line["value"] for line in lines if line["key"] == "file"]
-            self.commits[repo] = {file["path"]: base64.b64decode(file["content"]) for file in files}
-            answer = {"commitUrl": f"{url}/{repo}/commit/1", "commitOid": self.commit_hash}
-        self.answer(200, json.dumps(answer).encode())
-
-
-# No test asks the real hub, or is logged in there. Where the hub is, is settled when huggingface_hub is imported.
-Hub.reset()
-HUB_HOME = TemporaryDirectory()
-for variable in [name for name in os.environ if name.startswith(("HF_", "HUGGING_FACE_"))]:
-    del os.environ[variable]
-os.environ |= {"HF_ENDPOINT": f"http://127.0.0.1:{Hub.port}", "HF_HOME": HUB_HOME.name, "no_proxy": "127.0.0.1"}
-os.environ["HF_HUB_DISABLE_XET"] = "1"
-
 
 @pytest.fixture
-def hub():
-    """The hub, empty and without faults; its cache is empty, and nobody is logged in."""
-    shutil.rmtree(Path(HUB_HOME.name, "hub"), ignore_errors=True)
-    Hub.reset()
-    yield Hub
-    Hub.reset()
+def hub(monkeypatch, tmp_path_factory):
+    """The hub over HTTP on the loopback interface, empty as its cache. `files` maps (repository, name) to content.
+
+    If `status` is set that is its answer to everything; while `silent` is True it gives none; after `close` nobody
+    listens at its port.
+    """
+    hub = ThreadingHTTPServer(("127.0.0.1", 0), HubHandler)
+    hub.files, hub.requests, hub.commit_hash, hub.status, hub.silent = {}, [], "c0ffee" * 6 + "c0ff", 0, False
+    hub.close = lambda: (hub.shutdown(), hub.server_close())
+    url, constants = f"http://127.0.0.1:{hub.server_port}", "huggingface_hub.constants."
+    monkeypatch.setattr(constants + "ENDPOINT", url)
+    monkeypatch.setattr(constants + "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr(constants + "HF_HUB_CACHE", str(tmp_path_factory.mktemp("cache")))
+    threading.Thread(target=hub.serve_forever, args=(0.05,), daemon=True).start()
+    yield hub
+    hub.silent = False
+    hub.close()

@@ -168,11 +168,11 @@ def trained(device: str, graphs: bool, **flags) -> tuple[torch.Tensor, list, lis
 def test_graphs_do_what_is_done_without_them(device, fast):
     """To the bit on the CPU, but for rounding on a GPU, with the same draws: they see whatever changes around them."""
     flags = {"amp": fast, "compile": fast and device == "cuda"}  # fake graphs are of kernels that are not compiled
-    plain, graphed, again = (trained(device, graphs, **flags) for graphs in (False, True, True))
+    plain, graphed = (trained(device, graphs, **flags) for graphs in (False, True))
     tolerance = 0 if device == "cpu" else 0.02
     assert (graphed[0] - plain[0]).norm() <= tolerance * plain[0].norm()
     assert graphed[1] == pytest.approx(plain[1], rel=tolerance, abs=tolerance / 10)
-    assert graphed[2] == plain[2] and torch.equal(again[0], graphed[0])
+    assert graphed[2] == plain[2]
 
 
 def test_three_calls_are_plain_the_fourth_is_captured_and_later_ones_run_no_python(device):

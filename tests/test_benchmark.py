@@ -1,6 +1,7 @@
 """benchmark.sh: its grid, with a stand-in and with the program, and on a real Slurm."""
 
 import os
+import re
 import shutil
 import signal
 import socket
@@ -46,25 +47,18 @@ def test_wrong_options_get_one_line(tmp_path):
 
 
 def test_the_program_is_stopped_and_finishes(tmp_path, make_model):
-    flags = [
-        "--teacher",
-        make_model(4, action=1),
-        "--network=nature",
-        "--teacher-steps=224",
-        "--offline-steps=20",
-        "--eval-episodes=1",
-    ]
-    flags += ["--total-timesteps=400", "--learning-starts=200", "--buffer-size=2000", "--teacher-eval-episodes=1"]
-    options, run = ["--seeds", 1, "--kinds", "student", "--", *flags], tmp_path / f"student-{GAME}-1"
-    process = benchmark(tmp_path, *options)
-    wait_for(lambda: (run / "log").exists() and "online:   " in (run / "log").read_text())
+    flags = "--network=nature --teacher-steps=224 --offline-steps=20 --total-timesteps=400 --learning-starts=200 "
+    flags += "--buffer-size=2000 --teacher-eval-episodes=1 --eval-episodes=1 --teacher"
+    options = ["--seeds", 1, "--kinds", "student", "--", *flags.split(), make_model(4, action=1)]
+    process, log = benchmark(tmp_path, *options), tmp_path / f"student-{GAME}-1" / "log"
+    wait_for(lambda: log.exists() and "online:   " in log.read_text())
     process.terminate()
     assert end(process)[0] == 143
     code, said = end(benchmark(tmp_path, *options))
     assert code == 0 and "--resume" in said
     plot.write_csv(tmp_path, tmp_path / "results.csv")
     rows = plot.read_csv(tmp_path / "results.csv")
-    assert set(rows.run) == {run.name} and rows[rows.tag == "score/games"].value.item() == 2
+    assert set(rows.run) == {log.parent.name} and rows[rows.tag == "score/games"].value.item() == 2
     assert plot.evaluations(rows).step.tolist() == [-20, 0, 400]
 
 
@@ -110,11 +104,8 @@ PartitionName=main Nodes={host} Default=YES State=UP
 def test_slurm_runs_warns_requeues_and_finishes(slurm, tmp_path):
     variables, run = slurm
     template = (ROOT / "benchmark.slurm").read_text().replace("--cpus-per-task=4", "--cpus-per-task=1")
-    edited = tmp_path / "edited.slurm"  # for a cluster without GPUs
-    edited.write_text(
-        "".join(line for line in template.splitlines(True) if "--gpus" not in line and "--mem" not in line)
-    )
-    out = tmp_path / "out"
+    out, edited = tmp_path / "out", tmp_path / "edited.slurm"  # for a cluster without GPUs
+    edited.write_text(re.sub("#SBATCH --(gpus|mem).*\n", "", template))
     student, offline = out / f"student-{GAME}-1", out / f"offline-{GAME}-1"
     options = ["--program", FAKE, "--seeds", 1, "--kinds", "student", "offline"]
     code, said = end(benchmark(out, *options, "--slurm", edited, "--", "--slow", **variables))

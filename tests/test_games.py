@@ -18,35 +18,17 @@ from qdagger_dqn_atari_impalacnn import STACK, Args, AtariGames, AtariVectorEnv,
 
 KIND = "NoFrameskip-v4"
 GAMES = sorted(env_id.removesuffix(KIND) for env_id in gym.registry if env_id.endswith(KIND))
-PLAYED = {"Breakout": 400, "Pong": 1000, "BeamRider": 1000, "SpaceInvaders": 600, "Freeway": 2060}
+PLAYED = {"Breakout": 400, "Pong": 1200, "BeamRider": 1300, "SpaceInvaders": 600, "Freeway": 2060}
 PLAYED |= {"Asterix": 400, "BankHeist": 570}  # lives without FIRE; lives that are 0 before the game is over
 
 
-class Informed(AtariVectorEnv):
-    """Keeps its last info, which tells for how many frames a game that has just begun has waited."""
-
-    def reset(self, **options):
-        images, self.info = super().reset(**options)
-        return images, self.info
-
-    def recv(self):
-        *outcome, self.info = super().recv()
-        return *outcome, self.info
-
-
-@pytest.fixture
-def max_frames(request, monkeypatch):
-    """Games are truncated after so many frames, if the test is parametrized with a number."""
-    limit = {"max_num_frames_per_episode": request.param} if getattr(request, "param", None) else {}
-    monkeypatch.setattr(qdagger, "AtariVectorEnv", partial(Informed, **limit))
+def emulators_with(monkeypatch, **options) -> None:
+    """The emulators of all games from now on have these options too."""
+    monkeypatch.setattr(qdagger, "AtariVectorEnv", partial(AtariVectorEnv, **options))
 
 
 def new_games(game: str, num_envs: int, seed: int, **options) -> AtariGames:
     return AtariGames(Args(env_id=game + KIND, **options), num_envs, seed)
-
-
-def waited(games: AtariGames, env: int = 0) -> int:
-    return int(games.emulators.info["episode_frame_number"][env])
 
 
 def play(games: AtariGames, actions: np.ndarray):
@@ -57,26 +39,13 @@ def play(games: AtariGames, actions: np.ndarray):
         yield *outcome, games.actions, games.obs, games.images, finished
 
 
-class Waiting(gym.Wrapper):
-    """In place of the reference's own no-ops, at least one: up to frame `until`, as our game. A reset takes `own`."""
-
-    def reset(self, **options):
-        outcome = self.env.reset(**options)
-        self.own = self.unwrapped.ale.getEpisodeFrameNumber()
-        while self.unwrapped.ale.getEpisodeFrameNumber() < self.until:
-            outcome = self.env.step(0)
-        return outcome[0], outcome[-1]
-
-
 def compare(game: str, steps: int, num_envs: int) -> Counter:
     """Ours and the reference, whose own reset launches games and lives, with random actions; what there was of them."""
     games, seen = new_games(game, num_envs, 3), Counter()
-    waiting = [Waiting(gym.wrappers.RecordEpisodeStatistics(gym.make(game + KIND))) for _ in range(num_envs)]
-    references, stacks = [AtariWrapper(env, noop_max=0) for env in waiting], [None] * num_envs
+    bare = [gym.wrappers.RecordEpisodeStatistics(gym.make(game + KIND)) for _ in range(num_envs)]
+    references, stacks = [AtariWrapper(env, noop_max=0) for env in bare], [None] * num_envs
     launch = [1, 2] if "FIRE" in references[0].unwrapped.get_action_meanings() else []
     launches = [[*launch] for _ in references]  # what is to be done before each is reset
-    for env in range(num_envs):
-        waiting[env].until = waited(games, env)
     for asked in np.random.default_rng(2).integers(games.num_actions, size=(steps, num_envs)):
         for env, reference in enumerate(references):
             if stacks[env] is None and not launches[env]:
@@ -93,8 +62,7 @@ def compare(game: str, steps: int, num_envs: int) -> Counter:
             assert [rewards[env], terminations[env], truncations[env]] == answer and games.actions[env] == asked[env]
             stacks[env] = np.concatenate([stacks[env][1:], frame.transpose(2, 0, 1)])
             if env in over:  # the image in which a game ends is never looked at
-                assert over[env] == [info["episode"]["r"], info["episode"]["l"] + waiting[env].own]
-                waiting[env].until = waited(games, env)
+                assert over[env] == [info["episode"]["r"], reference.unwrapped.ale.getEpisodeFrameNumber()]
             else:
                 assert "episode" not in info and (games.obs[env, -1] == frame[:, :, 0]).all()
             if terminations[env]:
@@ -104,23 +72,27 @@ def compare(game: str, steps: int, num_envs: int) -> Counter:
 
 
 @pytest.mark.parametrize("game, steps", PLAYED.items())
-def test_bit_identical_to_the_reference_wrappers(game, steps, max_frames):
+def test_bit_identical_to_the_reference_wrappers(game, steps, monkeypatch):
     """With lives and without, with FIRE and without; through lost lives, game overs and launches."""
-    seen = compare(game, steps, num_envs=2 if steps < 1000 else 1)
-    assert seen["games"] > 0 and (seen["lives"] > seen["games"]) == (game not in ("Pong", "Freeway"))
+    emulators_with(monkeypatch, noop_max=0)
+    without_lives = game in ("Pong", "Freeway")
+    seen = compare(game, steps, num_envs=1 if without_lives else 2)
+    assert seen["games"] > 0 and (seen["lives"] == seen["games"]) == without_lives
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("game", GAMES)
-def test_every_game_is_bit_identical_to_the_reference_wrappers(game, max_frames):
+def test_every_game_is_bit_identical_to_the_reference_wrappers(game, monkeypatch):
+    emulators_with(monkeypatch, noop_max=0)
     compare(game, 800, 2)
     assert len(GAMES) == 62
 
 
-@pytest.mark.parametrize("max_frames", [4], indirect=True)
-def test_a_game_begins_with_0_to_29_frames_of_waiting(max_frames):
-    games = new_games("Pong", 1, 0)
-    assert {waited(games) for _ in play(games, np.zeros((250, 1), int))} == set(range(30))
+def test_a_game_begins_with_0_to_29_frames_of_waiting(monkeypatch):
+    """Here it is over after a step, four frames later."""
+    emulators_with(monkeypatch, max_num_frames_per_episode=4)
+    steps = play(new_games("Pong", 1, 0), np.zeros((250, 1), int))
+    assert {length for *_, finished in steps for *_, length in finished} == set(range(4, 34))
 
 
 @pytest.mark.parametrize("height", [210, 214, 220, 230, 250])
@@ -135,11 +107,11 @@ def test_a_tall_image_of_all_games_is_shrunk_like_each_alone(height):
 
 @pytest.mark.parametrize(
     "game, num_envs, seed, sticky, max_frames",
-    [("Breakout", 4, 2**31 - 2, 0.0, None), ("SpaceInvaders", 3, 5, 0.25, 400)],  # the first has the largest seeds
-    indirect=["max_frames"],
+    [("Breakout", 4, 2**31 - 2, 0.0, 108_000), ("SpaceInvaders", 3, 5, 0.25, 400)],  # the first has the largest seeds
 )
-def test_several_games_are_those_of_their_seeds(game, num_envs, seed, sticky, max_frames):
+def test_several_games_are_those_of_their_seeds(game, num_envs, seed, sticky, max_frames, monkeypatch):
     """Environment i of seed s is the single game of seed s + i, in all it shows, also if actions stick."""
+    emulators_with(monkeypatch, max_num_frames_per_episode=max_frames)
     games = new_games(game, num_envs, seed, repeat_action_probability=sticky)
     actions = np.random.default_rng(0).integers(games.num_actions, size=(150, num_envs))
     seeds, ended = [(seed + env) % 2**31 for env in range(num_envs)], 0
@@ -167,9 +139,9 @@ def test_actions_stick_only_when_asked():
     assert np.array_equal(left, right)
 
 
-@pytest.mark.parametrize("max_frames", [400], indirect=True)
-def test_a_time_limit_truncates_and_never_terminates(max_frames):
+def test_a_time_limit_truncates_and_never_terminates(monkeypatch):
     """A game of 100 decisions, two of which launch it; those that end together are all reported."""
+    emulators_with(monkeypatch, max_num_frames_per_episode=400)
     steps = list(play(new_games("Pong", 3, 3), np.full((250, 3), 3)))
     terminations, truncations, actions, obs = (np.stack(field) for field in list(zip(*steps))[1:5])
     cut, finished = [0, 1, 99, 100, 101, 199, 200, 201], [[env for env, *_ in step[-1]] for step in steps]
@@ -180,16 +152,10 @@ def test_a_time_limit_truncates_and_never_terminates(max_frames):
     assert all(400 <= length < 430 for step in steps for *_, length in step[-1])
 
 
-@pytest.mark.long
-def test_a_game_is_truncated_after_27000_decisions():
-    games = new_games("MontezumaRevenge", 1, 3)  # who stands still stays alive
-    steps = enumerate(play(games, np.zeros((27_100, 1), int)), 1)
-    assert [(i, length // 30) for i, step in steps for *_, length in step[-1]] == [(27_000, 108_000 // 30)]
-
-
-@pytest.mark.parametrize("game, max_frames", [("Breakout", None), ("Pong", 160)], indirect=["max_frames"])
-def test_samples_are_the_steps_that_were_played(game, max_frames):
+@pytest.mark.parametrize("game, max_frames", [("Breakout", 108_000), ("Pong", 160)])
+def test_samples_are_the_steps_that_were_played(game, max_frames, monkeypatch):
     """Through the real replay and back: no stack or return crosses an end, and what the agent did not choose is out."""
+    emulators_with(monkeypatch, max_num_frames_per_episode=max_frames)
     games, doubled = new_games(game, 3, 5), Doubled(450, 3)
     obs, chosen = games.obs, np.random.default_rng(0).integers(3, games.num_actions, size=(200, 3))  # none that launch
     for *outcome, actions, next_obs, _, _ in play(games, chosen):
@@ -206,63 +172,42 @@ def fond_of_left(obs: torch.Tensor) -> torch.Tensor:
     return torch.tensor([0.0, 0.0, 0.0, 1.0]).repeat(len(obs), 1)
 
 
-@pytest.fixture
-def watched(monkeypatch):
-    """For all AtariGames from now on: seed, number, and for each step the images before it and what ended."""
-    all_games = []
+def test_an_evaluation_plays_as_many_games_of_each_environment_as_was_said_before(monkeypatch):
+    """Twelve games of ten environments, two of the first and second each, however long the others take: environment i
+    ends a game every i + 1 steps."""
+    ends = [[(env, 100.0 * env + step, 4) for env in range(10) if step % (env + 1) == 0] for step in range(1, 11)]
+    outcomes = {"step_wait.side_effect": [(None, finished) for finished in ends]}
+    games, args = MagicMock(obs=np.zeros((10, 4, 84, 84), np.uint8), **outcomes), Args(seed=1)
+    monkeypatch.setattr(qdagger, "AtariGames", MagicMock(return_value=games))
+    scores = evaluate(fond_of_left, args, 12, "cpu")
+    assert sorted(scores) == [1, 2, 102, 104, 203, 304, 405, 506, 607, 708, 809, 910]
+    qdagger.AtariGames.assert_called_once_with(args, 10, 20_001)
+
+
+def test_an_evaluation_is_always_the_same_and_its_first_game_is_filmed(monkeypatch, tmp_path):
+    """Whatever the generators outside are at, which it leaves alone; by default with the least exploration."""
+    args, path = Args(seed=1, end_e=0.3, repeat_action_probability=0.25), tmp_path / "videos" / "7.mp4"
+    module, scores, images, ended = MagicMock(), [], [], []
 
     class Watched(AtariGames):
-        def __init__(self, args, num_envs, seed):
-            super().__init__(args, num_envs, seed)
-            self.seen = []
-            all_games.append((seed, num_envs, self.seen))
-
         def step_wait(self):
-            before, outcome = self.images, super().step_wait()
-            self.seen.append((before, outcome[-1]))
+            images[-1].append(self.images[0, 0])
+            outcome = super().step_wait()
+            ended[-1].append([env for env, *_ in outcome[-1]])
             return outcome
 
     monkeypatch.setattr(qdagger, "AtariGames", Watched)
-    return all_games
-
-
-def test_an_evaluation_plays_as_many_games_of_each_environment_as_was_said_before(watched):
-    """Twelve games of ten environments, two of the first and second each, however long the others take."""
-    scores = evaluate(fond_of_left, Args(seed=1), 12, "cpu", epsilon=0.3)
-    [(seed, num_envs, seen)] = watched
-    left, counted, last = Counter({env: 1 + (env < 2) for env in range(10)}), [], 0
-    games = [(step, *of_game) for step, (_, finished) in enumerate(seen, 1) for of_game in finished]
-    for step, env, game_return, _ in games:
-        if left[env]:
-            left[env], last = left[env] - 1, step
-            counted.append(game_return)
-    assert (seed, num_envs, len(scores)) == (20_001, 10, 12) and scores == counted
-    assert len(games) > 12 and last == len(seen), "others have ended meanwhile; and then it ends"
-
-
-def test_an_evaluation_is_always_the_same_and_its_first_game_is_filmed(watched, monkeypatch, tmp_path):
-    """Whatever the generators outside are at, which it leaves alone; by default with the least exploration."""
-    args, scores = Args(seed=1, end_e=0.3, repeat_action_probability=0.25), []
-    module, path = MagicMock(), tmp_path / "videos" / "7.mp4"
     monkeypatch.setitem(sys.modules, "moviepy.video.io.ffmpeg_writer", module)
     for seed, options in enumerate([{"epsilon": 0.3}, {"epsilon": 0.9}, {"video": path}]):
+        images.append([]), ended.append([])
         states = torch.manual_seed(seed).get_state(), np.random.get_state()[1]
         scores.append(evaluate(fond_of_left, args, 3, "cpu", **options))
         assert all(map(np.array_equal, states, (torch.get_rng_state(), np.random.get_state()[1])))
-    images = [[before[0, 0] for before, _ in seen] for _, _, seen in watched]
-    assert scores[0] == scores[2] and np.array_equal(images[0], images[2])
+    steps, length = len(images[0]), 1 + [0 in envs for envs in ended[0]].index(True)
+    assert scores[0] == scores[2] and np.array_equal(images[0], images[2][:steps])
     assert not np.array_equal(images[0][:50], images[1][:50])
     module.FFMPEG_VideoWriter.assert_called_once_with(str(path), (160, 210), fps=15)
     video = module.FFMPEG_VideoWriter.return_value.__enter__.return_value.write_frame.call_args_list
-    length = next(step for step, (_, ended) in enumerate(watched[0][2], 1) if ended and ended[0][0] == 0)
-    assert length < len(images[0]) and np.array_equal([call.args[0] for call in video], images[0][:length])
+    assert length < steps and np.array_equal([call.args[0] for call in video], images[0][:length])
     with pytest.raises(KeyboardInterrupt, match="15"):
         evaluate(fond_of_left, args, 2, "cpu", stop=[15])
-
-
-@pytest.mark.parametrize("max_frames", [160], indirect=True)
-def test_a_film_can_be_played(max_frames, tmp_path):
-    pytest.importorskip("moviepy")
-    evaluate(fond_of_left, Args(), 1, "cpu", video=tmp_path / "videos" / "7.mp4")
-    video = cv2.VideoCapture(str(tmp_path / "videos" / "7.mp4"))
-    assert [video.get(what) for what in (3, 4, 7)] == [160, 210, 40]  # width, height, images

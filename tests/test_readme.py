@@ -34,14 +34,6 @@ def test_help_shows_every_flag_with_its_comment(command_line, monkeypatch):
         assert re.search(rf"--{name.replace('_', '-')}\b[^#]{{,200}}{re.escape(comment)}", " ".join(out.split())), name
 
 
-def test_every_tag_of_the_code_is_defined_and_every_defined_tag_is_in_the_code():
-    first_cells = " ".join(re.findall(r"^\| (`.*?`) \|", README.split("## What is logged")[1], re.MULTILINE))
-    defined = set(re.findall(r"`((?:charts|losses|eval)/[\w/]+|hyperparameters)`", first_cells))
-    written = set(re.findall(r'"((?:charts|eval)/[\w/]+|hyperparameters)"', SOURCE))
-    written |= {f"charts/offline/{name}" for name in ("loss", "q_loss", "distill_loss")}
-    assert defined == written | {f"losses/{name}" for name in ("loss", "td_loss", "distill_loss", "q_values")}
-
-
 @pytest.mark.parametrize("command", re.findall(COMMAND, README + qdagger.__doc__, re.MULTILINE))
 def test_every_documented_command_works(command):
     words = shlex.split(command.replace("\\\n", " "), comments=True)

@@ -1,4 +1,4 @@
-"""Where teachers come from: files, a hub over real HTTP, the bundled ones; the buffers they leave; what is uploaded."""
+"""Where teachers come from: files, a hub over real HTTP, the bundled ones; their buffers; what is uploaded."""
 
 import hashlib
 import re
@@ -6,21 +6,21 @@ import time
 import zipfile
 from functools import partial
 from pathlib import Path
-from unittest.mock import MagicMock
+from unittest.mock import MagicMock, call
 
 import gymnasium as gym
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
-from conftest import Malicious, refusal, saved
-from huggingface_hub import ModelCard
-from stable_baselines3 import DQN, PPO
+from conftest import PROGRAM, Malicious, refusal, saved
+from stable_baselines3 import DQN
 
 import qdagger_dqn_atari_impalacnn as qdagger
 from qdagger_dqn_atari_impalacnn import Args, FrameReplay, QNetwork, TeacherNetwork, find_teacher, load_network
 
 PONG, QBERT = "PongNoFrameskip-v4", "QbertNoFrameskip-v4"
-TEACHERS = Path(qdagger.__file__).resolve().parent / "teachers"
+TEACHERS = PROGRAM.parent / "teachers"
 OBS = torch.randint(256, (5, 4, 84, 84), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
 
@@ -37,74 +37,66 @@ def test_a_loaded_model_is_the_one_that_was_saved(tmp_path, network_class, dtype
         assert torch.equal(loaded(OBS), network.float().to(memory_format=torch.contiguous_format)(OBS))
 
 
-def sb3(path: Path, algorithm=DQN, policy="CnnPolicy", num_actions=4, shape=(84, 84, 4), **options) -> DQN | PPO:
+def sb3(path: Path, policy="CnnPolicy", num_actions=4, shape=(84, 84, 4), **options) -> DQN:
     """A model of stable-baselines3, which it saves to `path` itself."""
     screen = gym.Env()
     screen.observation_space = gym.spaces.Box(0, 255, shape, np.uint8)
     screen.action_space = gym.spaces.Discrete(num_actions)
-    model = algorithm(policy, screen, device="cpu", **options)
+    model = DQN(policy, screen, device="cpu", buffer_size=1, **options)
     model.save(path)
     return model
 
 
 def test_a_stable_baselines3_zip_has_the_q_values_of_its_model(tmp_path):
     """Whatever the file is called: what counts is what is in it."""
-    model = sb3(tmp_path / "a.cleanrl_model", num_actions=6, buffer_size=1)
+    model = sb3(tmp_path / "a.cleanrl_model", num_actions=6)
     network = load_network(tmp_path / "a.cleanrl_model", 6, "--teacher")
     with torch.no_grad():
         assert type(network) is TeacherNetwork and model.q_net(OBS).std() > 0
         torch.testing.assert_close(network(OBS), model.q_net(OBS), rtol=0, atol=1e-5)
 
 
-def nature_state(**changes) -> dict:
-    return {name: value for name, value in {**TeacherNetwork(4).state_dict(), **changes}.items() if value is not None}
-
-
-WHOLE = saved(nature_state())
+STATE = TeacherNetwork(4).state_dict()
+WHOLE = saved(STATE)
 NO_MODELS = {
-    "random bytes": bytes(torch.randint(256, (5000,), generator=torch.Generator().manual_seed(0)).tolist()),
+    "random bytes": np.random.default_rng(0).bytes(5000),
     **{f"cut at {share}": WHOLE[: int(share * len(WHOLE))] for share in (0, 0.001, 0.5, 0.9999)},
     "an empty dictionary": saved({}),
     "another program's": saved({4: torch.zeros(4, 4)}),
-    "a wrong shape": saved(nature_state(**{"network.7.bias": torch.zeros(256)})),
-    "a missing layer": saved(nature_state(**{"network.9.weight": None, "network.9.bias": None})),
-    "a tensor too many": saved(nature_state(**{"network.11.weight": torch.zeros(4)})),
-    "a value that is no tensor": saved(nature_state(**{"network.2.bias": [0.0] * 64})),
+    "a wrong shape": saved(STATE | {"network.7.bias": torch.zeros(256)}),
+    "a value that is no tensor": saved(STATE | {"network.2.bias": [0.0] * 64}),
     "a teacher of another game": saved(TeacherNetwork(6).state_dict()),
-    "a student of another game": saved(QNetwork(18).state_dict()),
 }
 
 
 def test_what_is_no_model_is_refused_in_a_line(tmp_path):
-    """Zips of another algorithm, game or policy, the last with as many tensors as a Nature CNN, as well."""
-    flat, small = {"policy": "MlpPolicy", "shape": (8,)}, {"policy_kwargs": {"net_arch": [8] * 4}}
-    for nth, options in enumerate([{"algorithm": PPO}, {"num_actions": 6}, flat, flat | small]):
-        sb3(tmp_path / f"{nth}.zip", **options, **({} if "algorithm" in options else {"buffer_size": 1}))
-    (tmp_path / "cut.zip").write_bytes((tmp_path / "1.zip").read_bytes()[:-9])
+    """Zips of another game or policy as well, the latter with as many tensors as a Nature CNN."""
+    sb3(tmp_path / "pong.zip", num_actions=6)
+    sb3(tmp_path / "flat.zip", policy="MlpPolicy", shape=(8,), policy_kwargs={"net_arch": [8] * 4})
+    (tmp_path / "cut.zip").write_bytes((tmp_path / "pong.zip").read_bytes()[:-9])
     for name, content in NO_MODELS.items():
         (tmp_path / name).write_bytes(content)
     for path in [tmp_path, tmp_path / "missing", *tmp_path.iterdir()]:
-        for flag in ("--teacher", "--evaluate"):
-            assert refusal(load_network, path, 4, flag).startswith(f"{flag} {path}: ")
+        assert refusal(load_network, path, 4, "--teacher").startswith(f"--teacher {path}: ")
 
 
 def test_no_model_ever_runs_code_and_of_a_zip_only_the_policy_is_read(tmp_path):
     path, victim = tmp_path / "model", tmp_path / "victim"
-    sb3(tmp_path / "model.zip", buffer_size=1)
-    source = zipfile.ZipFile(tmp_path / "model.zip")
-    members = {name: source.read(name) for name in source.namelist()}
-    for replaced in ("data", "policy.optimizer.pth", "policy.pth"):
+    sb3(tmp_path / "model.zip")
+    whole, code = zipfile.ZipFile(tmp_path / "model.zip").read("policy.pth"), saved(Malicious(victim))
+
+    def load_zip(policy: bytes) -> None:
         with zipfile.ZipFile(path, "w") as target:
-            for name, content in (members | {replaced: saved(Malicious(victim))}).items():
+            for name, content in {"data": code, "policy.optimizer.pth": code, "policy.pth": policy}.items():
                 target.writestr(name, content)
-        if replaced != "policy.pth":
-            load_network(path, 4, "--teacher")
-    refusals = [refusal(load_network, path, 4, "--teacher")]
-    for content in (Malicious(victim), nature_state(note=Malicious(victim))):
-        for new in (False, True):
-            torch.save(content, path, _use_new_zipfile_serialization=new)
-            refusals.append(refusal(load_network, path, 4, "--teacher"))
-    assert all(message.startswith(f"--teacher {path}: ") for message in refusals) and not victim.exists()
+        load_network(path, 4, "--teacher")
+
+    load_zip(whole)
+    assert refusal(load_zip, code).startswith(f"--teacher {path}: ")
+    for content, as_zip in ((Malicious(victim), True), (STATE | {"note": Malicious(victim)}, False)):
+        torch.save(content, path, _use_new_zipfile_serialization=as_zip)
+        assert refusal(load_network, path, 4, "--teacher").startswith(f"--teacher {path}: ")
+    assert not victim.exists()
     torch.load(path, weights_only=False)  # it would have worked
     assert victim.exists()
 
@@ -121,7 +113,7 @@ def test_the_default_teacher_comes_from_the_hub_and_then_from_its_cache(hub):
         hub.files[repo, file], hub.commit_hash = content, content.hex().ljust(40, "0")
         path, reason = find_teacher(Args(env_id=PONG))
         assert (path.read_bytes(), reason) == (content, f"from the hub, {repo}")
-    assert {path for _, path in hub.requests if "/api/" not in path} == {f"/{repo}/resolve/main/{file}"}
+    assert {path for path in hub.requests if "/api/" not in path} == {f"/{repo}/resolve/main/{file}"}
     hub.close()
     path, reason = find_teacher(Args(env_id=PONG))
     assert (path.read_bytes(), reason) == (b"new", f"from the cache of the hub, {repo}")
@@ -155,17 +147,15 @@ def test_a_hub_that_answers_with_an_error_is_told_from_one_out_of_reach(hub):
     """Its answer is in the line, and neither the bundled teacher of the game nor then the cached one is used."""
     for cached in (False, True):
         for hub.status in (401, 403, 404, 429, 500, 503):
-            hub.fault = "resolve"
             message = refusal(find_teacher, Args(env_id=PONG))
             assert message.startswith(f"--teacher-policy-hf-repo {default(PONG)[0]}: ") and str(hub.status) in message
-        hub.files[default(PONG)], hub.fault = WHOLE, ""
+        hub.files[default(PONG)], hub.status = WHOLE, 0
         assert cached or find_teacher(Args(env_id=PONG))[0].read_bytes() == WHOLE
 
 
 def test_a_bundled_teacher_is_no_stand_in_for_another(hub):
-    """No such repository, no such file in it, no such name; or the hub is out of reach."""
-    hub.files["bob/pong", "README.md"] = b"no model"
-    for repo in ("bob/nothing", "bob/pong", "no/such/name", "with space"):
+    """No such file, no such name; or the hub is out of reach."""
+    for repo in ("bob/pong", "no/such/name", "with space"):
         message = refusal(find_teacher, Args(env_id=PONG, teacher_policy_hf_repo=repo))
         assert message.startswith(f"--teacher-policy-hf-repo {repo}: ")
     hub.close()
@@ -174,134 +164,84 @@ def test_a_bundled_teacher_is_no_stand_in_for_another(hub):
         assert message.startswith("--teacher auto: the hub is out of reach") and repo in message
 
 
-def test_a_broken_download_ends_in_a_line_and_leaves_no_half_file(hub, monkeypatch):
-    monkeypatch.setattr(time, "sleep", lambda seconds: None)  # the hub's client waits before it tries again
-    hub.files[default(QBERT)], hub.break_off = WHOLE, True
-    assert refusal(find_teacher, Args(env_id=QBERT)).startswith("--teacher")
-    hub.break_off = False
-    assert find_teacher(Args(env_id=QBERT))[0].read_bytes() == WHOLE
-
-
-def test_the_bundled_teachers_are_those_of_their_cards_and_can_be_loaded():
-    """One for the default game among them, in half precision, with the SHA-256 on the card."""
-    bundled = {path.stem: path for path in TEACHERS.glob("*.cleanrl_model")}
+def test_the_bundled_teachers_are_those_of_their_cards_and_of_the_readme_and_can_be_loaded():
+    """One for the default game among them, in half precision, with the SHA-256 and the score on the card."""
+    bundled, readme = {path.stem: path for path in TEACHERS.glob("*.cleanrl_model")}, PROGRAM.with_name("README.md")
     assert Args().env_id in bundled
     for env_id, path in bundled.items():
-        assert hashlib.sha256(path.read_bytes()).hexdigest() in path.with_suffix(".md").read_text()
+        card = path.with_suffix(".md").read_text()
+        score = re.search(r"^\| score \| (-?[\d.]+ ± [\d.]+)", card, re.MULTILINE)[1]
+        assert f"[{score}](teachers/{env_id}.md)" in readme.read_text()
+        assert hashlib.sha256(path.read_bytes()).hexdigest() in card
         assert {value.dtype for value in torch.load(path).values()} == {torch.float16}
         load_network(path, qdagger.AtariGames(Args(env_id=env_id), 1, 1).num_actions, "--teacher")
 
 
-@pytest.fixture
-def buffer_run(make_model, monkeypatch):
-    """run(**changes): phase 1 for two offline steps, which are not done; the replay that they would learn from."""
-    settings = dict(num_envs=1, teacher_steps=112, offline_steps=2, total_timesteps=0, buffer_size=40, cuda=False)
-    settings, replays = settings | {"teacher": str(make_model(4, action=1)), "network": "nature"}, []
-    monkeypatch.setattr(qdagger, "evaluate", lambda *args, **options: [1.0])
-    monkeypatch.setattr(qdagger, "Run", MagicMock(**{"return_value.time_to_save.return_value": False}))
-    monkeypatch.setattr(qdagger.Learner, "gradient_step", lambda _, replay: replays.append(replay))
-
-    def run(**changes) -> FrameReplay:
-        qdagger.train(Args(**settings | changes))
-        assert replays[-1] is replays[-2]
-        return replays.pop()
-
-    return run
-
-
-def test_the_buffer_holds_what_the_teacher_did(buffer_run, make_model):
-    """Q-values are the teacher's at those observations, and actions, without exploration, its own."""
-    path = make_model(4, "impala")
-    batch = buffer_run(teacher=str(path), start_e=0.0, end_e=0.0).sample(64, 1, 0.99, torch.Generator().manual_seed(0))
-    expected = load_network(path, 4, "--teacher")(batch.obs)
-    assert expected.std(dim=1).min() > 0 and torch.equal(batch.actions, batch.teacher_q_values.argmax(1))
-    torch.testing.assert_close(batch.teacher_q_values, expected, rtol=0, atol=1e-4)
-
-
-def test_the_file_of_the_buffer_is_for_students_with_the_same_teacher_alone(buffer_run, make_model, tmp_path, capfd):
-    """For them no teacher plays again; for others it is refused with the name of the setting."""
-    path = tmp_path / "buffer.pt"
-    first = buffer_run(teacher_buffer=str(path)).state_dict()
-    content, first["truncations"][-8:] = path.read_bytes(), True  # so does the last row count once it is read
-    assert "teacher buffer" in capfd.readouterr().err
-    second = buffer_run(teacher_buffer=str(path), seed=2).state_dict()
-    assert "teacher buffer" not in capfd.readouterr().err and path.read_bytes() == content
-    assert first.keys() == second.keys() and first["written"] == 14
-    assert all(torch.equal(*pair) for pair in zip(first.pop("frames"), second.pop("frames"), strict=True))
-    assert all(torch.equal(first[name], second[name]) for name in first)
-    others = dict(env_id=PONG, repeat_action_probability=0.25, num_envs=2, teacher_steps=120, start_e=0.5, end_e=0.5)
-    for name, value in (others | {"teacher": str(make_model(4, action=2))}).items():
-        changes = {name: value} | ({"teacher": str(make_model(6))} if name == "env_id" else {})
-        message = refusal(buffer_run, teacher_buffer=str(path), **changes)
-        assert message.startswith(f"--teacher-buffer {path}: made with another {name};")
-
-
 def test_a_damaged_buffer_is_refused_and_never_runs_code(tmp_path):
     """Truncated, incomplete or something else: a line with the flag, and nothing runs."""
-    victim, replay = tmp_path / "victim", FrameReplay(8, 4, 4)
+    path, victim, replay = tmp_path / "buffer", tmp_path / "victim", FrameReplay(8, 4, 4)
     replay.written += 2
     whole = {"made_with": {"num_envs": 1}, "replay": replay.state_dict()}
-    files = {f"cut at {share}": saved(whole)[: int(share * len(saved(whole)))] for share in (0.0, 0.01, 0.5, 0.9999)}
-    files |= {"a model": WHOLE, "noise": b"\x00\x01" * 999, "a list": saved([1]), "code": saved(Malicious(victim))}
-    for name, other in [("actions", None), ("frames", [torch.zeros(9).byte()]), ("rewards", torch.zeros(7))]:
-        files[name] = saved(whole | {"replay": whole["replay"] | {name: other}})
-    for name, damaged in ({"whole": saved(whole)} | files).items():
-        (tmp_path / name).write_bytes(damaged)
-    load = partial(qdagger.load_teacher_buffer, made_with=whole["made_with"], replay=FrameReplay(8, 4, 4))
-    load(tmp_path / "whole")
-    for path in [tmp_path, *(tmp_path / name for name in files)]:
-        assert refusal(load, path).startswith(f"--teacher-buffer {path}: "), path
+    damaged = [saved(whole)[: int(share * len(saved(whole)))] for share in (0, 0.01, 0.5, 0.9999)]
+    damaged += [WHOLE, b"\x00\x01" * 999, saved([1]), saved(Malicious(victim))]
+    for name, other in dict(actions=None, frames=[torch.zeros(9).byte()], rewards=torch.zeros(7)).items():
+        damaged.append(saved(whole | {"replay": whole["replay"] | {name: other}}))
+    load = partial(qdagger.load_teacher_buffer, path, whole["made_with"], FrameReplay(8, 4, 4))
+    for content in damaged:
+        path.write_bytes(content)
+        assert refusal(load).startswith(f"--teacher-buffer {path}: "), content[:100]
+    path.write_bytes(saved(whole))
+    load()
     assert not victim.exists()
 
 
 UPLOAD = ["--num-envs=1", "--total-timesteps=28", "--offline-steps=0", "--network=nature", "--batch-size=4"]
 UPLOAD += ["--buffer-size=28", "--teacher-steps=56", "--no-cuda", "--save-model", "--upload-model"]
-MODEL, NAME = "qdagger_dqn_atari_impalacnn.cleanrl_model", "BreakoutNoFrameskip-v4-qdagger_dqn_atari_impalacnn-seed1"
+NAME = "BreakoutNoFrameskip-v4-qdagger_dqn_atari_impalacnn-seed1"
 
 
 @pytest.fixture
-def publish(command_line, hub, monkeypatch, make_model):
-    """publish(*flags): a whole run with a made-up score; hub.known are the repositories at each evaluation."""
-    hub.known = []
-    monkeypatch.setattr(qdagger, "evaluate", lambda *_, **__: hub.known.append([*hub.repos]) or [2.0, 5.0])
-    monkeypatch.setenv("HF_TOKEN", "hf_right")
-    return lambda *flags: command_line(*UPLOAD, "--teacher", make_model(4), *flags)
+def api(monkeypatch) -> MagicMock:
+    """In place of the hub's client; its `mock_calls` have evaluations as well, whose scores are made up."""
+    api = MagicMock(**{"evaluate.return_value": [2.0, 5.0]})
+    monkeypatch.setattr(qdagger, "evaluate", api.evaluate)
+    monkeypatch.setattr(huggingface_hub, "HfApi", lambda: api)
+    return api
 
 
-def test_the_repository_is_made_before_the_first_game_and_holds_the_run_in_the_end(publish, hub, tmp_path):
+def test_the_repository_is_made_before_the_first_game_and_holds_the_run_in_the_end(api, command_line, make_model):
     """Model, event files, and a card with the score; no checkpoint."""
-    code, out, _ = publish("--hf-entity", "lab")
-    (run,) = (tmp_path / "runs").iterdir()
-    assert code == 0 and out.splitlines()[-1] == f"runs/{run.name}: 3.50 ± 1.50 over 2 games"
-    assert hub.known[0] == [f"lab/{NAME}"] == list(hub.commits)
-    (files,) = hub.commits.values()
-    assert files == {path.name: path.read_bytes() for path in run.iterdir() if path.suffix != ".pt"}
-    assert not [path for path in run.iterdir() if re.search(r'[<>:"|?*\\]|[ .]$', path.name)]  # which Windows refuses
-    assert {file.split(".")[0] for file in files} == {"qdagger_dqn_atari_impalacnn", "README", "events"}
-    load_network(run / MODEL, 4, "--evaluate")
-    (result,) = ModelCard((run / "README.md").read_text()).data.eval_results
+    code, out, _ = command_line(*UPLOAD, "--hf-entity", "lab", "--teacher", make_model(4))
+    (run,) = Path("runs").iterdir()
+    assert code == 0 and out.splitlines()[-1] == f"{run}: 3.50 ± 1.50 over 2 games"
+    calls = ["create_repo", "evaluate", "evaluate", "create_repo", "upload_folder"]
+    assert [name for name, *_ in api.mock_calls] == calls
+    assert api.create_repo.call_args_list == 2 * [call(f"lab/{NAME}", exist_ok=True)]
+    folder = dict(folder_path=run, ignore_patterns="checkpoint*")
+    api.upload_folder.assert_called_with(repo_id=api.create_repo.return_value.repo_id, **folder)
+    files = {"qdagger_dqn_atari_impalacnn", "README", "events", "checkpoint"}
+    assert {path.name.split(".")[0] for path in run.iterdir()} == files
+    load_network(run / "qdagger_dqn_atari_impalacnn.cleanrl_model", 4, "--evaluate")
+    (result,) = huggingface_hub.ModelCard((run / "README.md").read_text()).data.eval_results
     assert (result.metric_value, result.dataset_name) == ("3.50 ± 1.50", "BreakoutNoFrameskip-v4")
 
 
-@pytest.mark.parametrize("token, entity", [("", ""), ("hf_wrong", ""), ("hf_right", "strangers"), ("hf_right", "")])
-def test_who_cannot_upload_is_told_so_before_the_first_game(publish, hub, monkeypatch, tmp_path, token, entity):
-    """Nobody is logged in, the hub does not know the token, its user may not; the hub is out of reach."""
-    monkeypatch.setenv("HF_TOKEN", token)
-    if token == "hf_right" and not entity:
+def test_an_upload_that_fails_in_the_end_is_made_up_for_by_resuming_the_run(api, command_line, make_model):
+    api.upload_folder.side_effect = [OSError("a cable"), None]
+    code, _, err = command_line(*UPLOAD, "--teacher", make_model(4))
+    (run,) = Path("runs").iterdir()
+    assert code == 2 and re.fullmatch(r"error: --upload-model.*a cable\)", err.splitlines()[-1])
+    assert command_line("--resume", run)[0] == 0 and api.upload_folder.call_count == 2
+    assert "3.50" in (run / "README.md").read_text() and api.create_repo.call_args == call(NAME, exist_ok=True)
+
+
+@pytest.mark.parametrize("status", [401, 403, 0])
+def test_who_cannot_upload_is_told_so_before_the_first_game(command_line, hub, monkeypatch, tmp_path, status):
+    """The hub does not know the token, its user may not, the hub is out of reach."""
+    monkeypatch.setenv("HF_TOKEN", "hf_token")
+    hub.status = status
+    if not status:
         hub.close()
-    code, out, err = publish("--hf-entity", entity)
+    code, out, err = command_line(*UPLOAD)
     assert (code, out, len(err.splitlines()), list(tmp_path.iterdir())) == (2, "", 1, [])
     assert err.startswith("error: --upload-model") and "hf auth login" in err
-
-
-def test_an_upload_that_fails_in_the_end_is_made_up_for_by_resuming_the_run(publish, command_line, hub, tmp_path):
-    hub.fault = "/commit/"
-    code, out, err = publish()
-    (run,) = (tmp_path / "runs").iterdir()
-    assert code == 2 and err.splitlines()[-1].startswith("error: --upload-model") and "Traceback" not in err
-    assert f"runs/{run.name}: " in out and (run / MODEL).stat().st_size > 1_000_000
-    hub.fault = ""
-    assert command_line("--resume", f"runs/{run.name}")[0] == 0
-    files = hub.commits[f"alice/{NAME}"]
-    assert files[MODEL] == (run / MODEL).read_bytes() and b"3.50" in files["README.md"]
-    assert not [name for name in files if "checkpoint" in name]

@@ -33,8 +33,8 @@ def end(process: subprocess.Popen) -> tuple[int, str]:
     return process.returncode, said
 
 
-def wait_for(condition, seconds: float = 60) -> None:
-    until = time.time() + seconds
+def wait_for(condition) -> None:
+    until = time.time() + 60
     while not condition():
         assert time.time() < until, "it never came"
         time.sleep(0.05)
@@ -57,8 +57,8 @@ def grid(tmp_path):
     def start_grid(lines, *options, **variables) -> subprocess.Popen:
         text = [f"{run.name} --env-id PongNoFrameskip-v4 {flags}\n" for run, flags in zip(start_grid.runs, lines)]
         (tmp_path / "runs.txt").write_text("".join(text))
-        command = [sys.executable, ROOT / "tools/run.py", tmp_path / "runs.txt", "--program", FAKE, "--games=2"]
-        return start(*command, "--workers=1", *options, **variables)
+        options = "--program", FAKE, "--games=2", "--workers=1", *options
+        return start(sys.executable, ROOT / "tools/run.py", tmp_path / "runs.txt", *options, **variables)
 
     start_grid.runs = [tmp_path / f"student-PongNoFrameskip-v4-{seed}" for seed in (1, 2, 3)]
     return start_grid
@@ -132,7 +132,7 @@ def made_up_run(run: Path, evaluations: list[float], score: str, updates: int) -
     """A run as tools/run.py leaves it, with so many offline updates, and an evaluation every 100 steps and 10 s."""
     run.mkdir(parents=True)
     (run / "start").write_text(json.dumps({"time": 1000.0, "command": []}))
-    (run / "score").write_text(score)
+    (run / "score").write_text(f"{score} ± 1.50 over 30 games of Pong")
     with SummaryWriter(run / "runs" / "RUN") as log:
         if updates:
             log.add_scalar("charts/teacher/avg_episodic_return", 20, 0, walltime=1000)
@@ -145,11 +145,10 @@ def made_up_run(run: Path, evaluations: list[float], score: str, updates: int) -
 
 def test_event_files_and_the_csv_give_the_same_tables_and_figures(tmp_path, monkeypatch):
     benchmark, out, readme = tmp_path / "benchmark", tmp_path / "made_up", tmp_path / "README.md"
-    for seed, score in ((1, 11), (2, 12)):
-        run, said = benchmark / f"student-PongNoFrameskip-v4-{seed}", f"{score}.00 ± 1.50 over 30 games of Pong"
-        made_up_run(run, [5, 10, 10 + 2 * seed], said, updates=1000)
-    made_up_run(benchmark / "scratch-PongNoFrameskip-v4-1", [0, -20, -19], "-19.50 ± 1.50 over 30 games", updates=0)
-    made_up_run(benchmark / "buffer-PongNoFrameskip-v4", [0], "", updates=1)
+    made_up_run(benchmark / "student-PongNoFrameskip-v4-1", [5, 10, 12], "11.00", updates=1000)
+    made_up_run(benchmark / "student-PongNoFrameskip-v4-2", [5, 10, 14], "12.00", updates=1000)
+    made_up_run(benchmark / "scratch-PongNoFrameskip-v4-1", [0, -20, -19], "-19.50", updates=0)
+    made_up_run(benchmark / "buffer-PongNoFrameskip-v4", [0], "0.00", updates=1)
     readme.write_text("before\n<!-- made_up: begin -->\nold\n<!-- made_up: end -->\nafter\n")
     monkeypatch.setattr(plot, "README", readme)
 
@@ -163,9 +162,8 @@ def test_event_files_and_the_csv_give_the_same_tables_and_figures(tmp_path, monk
     assert set(files) == {"results.csv", "scores.csv", "aggregates.csv", "curves.png", "aggregates.png"}
     assert all(plot.plt.imread(out / name).std() > 0.05 for name in ("curves.png", "aggregates.png"))
     assert text.startswith("before\n<!--") and text.endswith("-->\nafter\n") and "old" not in text
-    assert (
-        "| Pong | QDagger student | 11.5 ± 0.7 | 79% | 2 |\n| Pong | DQN from scratch, same network | -19.5 |" in text
-    )
+    scores = "| QDagger student | 11.5 ± 0.7 | 79% | 2 |", "| DQN from scratch, same network | -19.5 |"
+    assert all(f"| Pong {line}" in text for line in scores)
 
     rows = plot.read_csv(out / "results.csv")
     loss = rows[(rows.run == "student-PongNoFrameskip-v4-2") & (rows.tag == "losses/loss")]
@@ -180,11 +178,9 @@ def test_event_files_and_the_csv_give_the_same_tables_and_figures(tmp_path, monk
 
 @pytest.mark.parametrize("count, together", [(3, 1), (25, 8), (32, 10), (75, 10)])
 def test_a_run_without_evaluations_is_drawn_by_its_training_games(count, together):
-    points = plot.training_games(pd.DataFrame({"step": 10 * np.arange(count), "value": np.arange(count)}))
+    points = plot.training_games(pd.DataFrame({"step": np.arange(count), "value": 10 * np.arange(count)}))
     last = np.arange(together - 1, count, together)  # those that are left over make no point
-    assert (
-        points.step.tolist() == (10 * last).tolist() and points.value.tolist() == (last - (together - 1) / 2).tolist()
-    )
+    assert points.values.tolist() == [[step, 10 * step - 5 * (together - 1)] for step in last]
 
 
 def test_interquartile_mean_and_intervals_are_the_known_ones():
@@ -217,12 +213,6 @@ def test_tables_of_the_readme_are_remade_from_what_is_committed():
             assert speed.table_of(content["runs"], "other script") == content["table"]
 
 
-def test_scores_of_teachers_are_those_of_their_cards():
-    for card in (ROOT / "teachers").glob("*.md"):
-        score = re.search(r"^\| score \| (-?[\d.]+ ± [\d.]+)", card.read_text(), re.MULTILINE)[1]
-        assert f"[{score}](teachers/{card.name})" in plot.README.read_text()
-
-
 SCRIPT = """
 import sys
 from torch.utils.tensorboard import SummaryWriter
@@ -233,7 +223,6 @@ with SummaryWriter("runs/RUN") as log:
     for nth in range(10):
         log.add_scalar("charts/offline/loss", 1, 100 * nth, walltime=1010 + 2 * nth / faster)
         log.add_scalar("losses/td_loss", 1, 100 * nth, walltime=2000 + (4 * nth / faster if nth > 1 else -100))
-sys.exit(0)
 """
 
 

@@ -1,15 +1,17 @@
 """Training as a whole: phases on real games, logs, counts of updates, lambda, and the same weights twice."""
 
 import math
+import re
 import time
 from dataclasses import asdict
 from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
 import torch
 import torch.nn as nn
-from conftest import refusal
+from conftest import PROGRAM, refusal
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import qdagger_dqn_atari_impalacnn as qdagger
@@ -121,6 +123,9 @@ def three_phases(run):
 
 def test_every_documented_tag_and_no_other_is_logged_along_its_own_axis(three_phases):
     """Gradient steps while offline; then environment steps, which begin at 100: multiples of 3 at or after hundreds."""
+    table = PROGRAM.with_name("README.md").read_text().partition("## What is logged")[2].partition("\n## ")[0]
+    documented = re.findall(r"`([\w/]+)`", " ".join(re.findall(r"^\| (`.*?`) \|", table, re.MULTILINE)))
+    assert sorted(documented) == sorted([*three_phases.steps, "hyperparameters"])
     values, expected = three_phases.values, {"charts/teacher/avg_episodic_return": [0]}
     expected |= {"charts/offline/avg_episodic_return": [0, 100], "eval/episodic_return": [1300, 1900]}
     expected |= {tag: [100] for tag in OFFLINE_TAGS - expected.keys()}
@@ -136,22 +141,11 @@ def test_every_documented_tag_and_no_other_is_logged_along_its_own_axis(three_ph
     assert values["charts/epsilon"] == pytest.approx(epsilons, abs=1e-6) and epsilons[-1] == 0.01
 
 
-def test_games_and_steps_are_stored_and_logged_as_they_really_were(three_phases):
-    """50 points for each clipped reward, four frames for each row and up to 29 that a reset takes; forced steps are
-    stored as the NOOPs that they were, and of both buffers the teacher's Q-values are those at the observation."""
-    actions, rewards, terminations, truncations = map(np.array, zip(*list(three_phases.rows.values())[1]))
+def test_what_is_stored_is_what_was_really_done(three_phases):
+    """Forced steps are the NOOPs that they were, the teacher's Q-values in both buffers those at the observation."""
+    actions, _, terminations, truncations = map(np.array, zip(*list(three_phases.rows.values())[1]))
     assert truncations.sum() > 10 and not actions[truncations].any() and terminations[:-1][truncations[1:]].all()
-    games, teacher = [], tiny(9)
-    for env in range(3):
-        life_lost, begin = np.append(truncations[1:, env], True), 0
-        for end in np.flatnonzero(terminations[:, env] & ~life_lost) + 1:
-            games.append((100 + 3 * end, 50 * rewards[begin:end, env].sum(), 4 * (end - begin)))
-            begin = end
-    steps, scores, frames = map(list, zip(*sorted(games)))
-    assert all(three_phases.steps[tag] == steps for tag in GAME_TAGS) and len(steps) >= 4
-    assert (three_phases.values["charts/episodic_return"] == scores).all() and max(scores) >= 100
-    more = three_phases.values["charts/episodic_length"] - frames
-    assert (more > -4).all() and (more < 30).all()
+    teacher = tiny(9)
     teacher.load_state_dict(torch.load(three_phases.args.teacher))
     for replay in three_phases.rows:
         batch = replay.sample(64, 3, 0.99, torch.Generator().manual_seed(0))
@@ -212,38 +206,42 @@ def test_a_seed_settles_weights_and_points_and_evaluations_change_nothing(run):
     assert evaluated.steps["eval/episodic_return"] == [100, 180, 260] and same(first.weights, evaluated.weights)
 
 
-@pytest.mark.parametrize("network, learning_starts, first", [("nature", 0, 28), ("impala", 100, 100)])
-def test_without_a_teacher_it_is_plain_dqn(run, network, learning_starts, first):
+@pytest.mark.parametrize("network, starts, first, layer", [("nature", 0, 28, 0), ("impala", 100, 100, "0.conv")])
+def test_without_a_teacher_it_is_plain_dqn(run, network, starts, first, layer):
     """No trace of a teacher, lambda 0 and the loss its TD part alone, steps counted from 0; nothing is learned before
     there are, of four games each, seven rows: three rewards and a stack of four."""
-    seen = run(teacher="none", network=network, learning_starts=learning_starts)
+    seen = run(teacher="none", network=network, learning_starts=starts)
     assert seen.steps.keys() - GAME_TAGS == ONLINE_TAGS and seen.steps["eval/episodic_return"] == [240]
     assert seen.steps["charts/distill_coeff"] == [100, 200] and not seen.values["charts/distill_coeff"].any()
     assert (seen.values["losses/loss"] == seen.values["losses/td_loss"]).all()
-    assert seen.stored == list(range(first, 240, 4)) and ("network.0.conv.weight" in seen.weights) == (
-        network == "impala"
-    )
+    assert seen.stored == list(range(first, 240, 4)) and f"network.{layer}.weight" in seen.weights
 
 
 def test_offline_alone_imitates_the_teacher(run):
-    """No online step at all: the student ends up pressing what its teacher presses."""
-    seen, student = run(total_timesteps=0, offline_steps=100, learning_rate=1e-2, batch_size=16), tiny(4)
+    """No online step at all: the student ends up pressing what its teacher, without exploration, has pressed."""
+    changes = dict(total_timesteps=0, offline_steps=100, learning_rate=1e-2, batch_size=16, start_e=0.0, end_e=0.0)
+    seen, student = run(**changes), tiny(4)
     assert len(seen.in_sync) == 100 and seen.steps.keys() == {"charts/teacher/avg_episodic_return"} | OFFLINE_TAGS
     assert seen.steps["charts/offline/avg_episodic_return"] == [0, 100]
     student.load_state_dict(seen.weights)
     (buffer,) = seen.rows
-    assert (student(buffer.sample(64, 1, 0.99, torch.Generator().manual_seed(0)).obs).argmax(1) == ACTION).all()
+    batch = buffer.sample(64, 1, 0.99, torch.Generator().manual_seed(0))
+    assert (batch.actions == ACTION).all() and (student(batch.obs).argmax(1) == ACTION).all()
 
 
-def test_a_teachers_buffer_in_a_file_serves_every_seed(run, tmp_path):
-    """Whoever finds it does not let the teacher play, learns from the same content, and draws from it by its seed."""
-    runs = [run(teacher_buffer=str(tmp_path / "buffer"), seed=seed) for seed in (1, 2, 3)]
-    assert [len(next(iter(seen.rows.values()))) for seen in runs] == [15, 0, 0]
-    buffers = [next(iter(seen.rows)).state_dict() for seen in runs]
-    for buffer in buffers:
-        buffer["truncations"] = buffer["truncations"][:-32]
-        assert same(buffer, buffers[0])
-    assert runs[1].stored == runs[0].stored and not same(runs[1].weights, runs[2].weights)
+def test_the_file_of_the_buffer_is_for_students_of_the_same_teacher_alone(run, tmp_path, monkeypatch):
+    """For them, whatever their seed, no teacher plays again; for others it is refused with the name of the setting."""
+    path, other = tmp_path / "buffer", tmp_path / "other"
+    runs = [run(teacher_buffer=str(path), seed=seed) for seed in (1, 2)]
+    (first, played), (second, played_again) = [next(iter(seen.rows.items())) for seen in runs]
+    first.truncations[-32:] = True  # so does the last row count once it is read
+    assert (len(played), len(played_again)) == (15, 0) and same(first.state_dict(), second.state_dict())
+    torch.save(tiny(4).state_dict(), other)
+    monkeypatch.setattr(qdagger, "Run", MagicMock())
+    others = dict(env_id="PongNoFrameskip-v4", repeat_action_probability=0.25, num_envs=2, teacher_steps=500)
+    for name, value in (others | dict(start_e=0.5, end_e=0.5, teacher=str(other))).items():
+        message = refusal(run, teacher_buffer=str(path), **{name: value})
+        assert message.startswith(f"--teacher-buffer {path}: made with another {name};")
 
 
 KICKSTART = dict(offline_steps=0, temperature=1.0, learning_starts=20)
@@ -260,6 +258,8 @@ def test_lambda_is_the_formula_on_the_logged_returns(run, baseline, lowest):
     evaluate = lambda *_, epsilon=None, **__: [-2.0 if epsilon == 1.0 else 2.0]  # noqa: E731
     seen = run(evaluate, script=script, return_baseline=baseline, total_timesteps=1000, **KICKSTART)
     assert seen.values["charts/episodic_return"] == pytest.approx(np.concatenate(list(script.values())))
+    assert seen.steps["charts/episodic_return"] == [4 * row for row in script for _ in script[row]]
+    assert seen.values["charts/episodic_length"].tolist() == [28] * len(seen.steps["charts/episodic_return"])
     for step in seen.steps["charts/distill_coeff"]:
         last = seen.values["charts/episodic_return"][np.array(seen.steps["charts/episodic_return"]) <= step - 4][-10:]
         share = (np.mean(last) - lowest) / (2 - lowest) if len(last) == 10 else 0
@@ -287,10 +287,3 @@ def test_lambda_once_over_stays_0_and_the_teacher_is_not_asked(run, monkeypatch,
     assert seen.values["charts/distill_coeff"] == pytest.approx(coefficients) and len(calls) == asked
     assert seen.steps["losses/distill_loss"] == seen.steps["losses/loss"][:taught]
     assert list(seen.values["losses/loss"] == seen.values["losses/td_loss"]) == [value == 0 for value in coefficients]
-
-
-@pytest.mark.parametrize("baseline, scores", [("zero", (0.0, -5.0)), ("random", (2.0, 2.0))])
-def test_a_teacher_not_above_the_baseline_is_refused_before_there_is_a_run(run, monkeypatch, baseline, scores):
-    monkeypatch.setattr(qdagger, "Run", None)
-    evaluate = lambda *_, epsilon=None, stop: [scores[epsilon == 1.0]]  # noqa: E731
-    assert refusal(run, evaluate, return_baseline=baseline).startswith("--teacher /")
