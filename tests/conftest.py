@@ -66,14 +66,13 @@ class Malicious:
 
 @pytest.fixture(scope="session")
 def make_model(tmp_path_factory):
-    """make_model(num_actions, network="nature", action=None): an untrained model on disk, fond of `action`."""
+    """make_model(num_actions, action=None): an untrained Nature CNN on disk, fond of `action`."""
 
-    def make(num_actions: int, network: str = "nature", action: int | None = None) -> Path:
+    def make(num_actions: int, action: int | None = None) -> Path:
         torch.manual_seed(num_actions)
-        model = qdagger.NETWORKS[network](num_actions)
+        model, path = qdagger.NETWORKS["nature"](num_actions), tmp_path_factory.mktemp("models") / "model"
         if action is not None:
             model.network[-1].bias.data[action] += 5
-        path = tmp_path_factory.mktemp("models") / f"{network}.cleanrl_model"
         torch.save(model.state_dict(), path)
         return path
 
@@ -117,10 +116,10 @@ class HubHandler(BaseHTTPRequestHandler):
         self.rfile.read(int(self.headers.get("Content-Length", 0)))
         while hub.silent:
             threading.Event().wait(0.05)
-        content = hub.files.get(tuple(self.path.removeprefix("/").split("/resolve/main/")), b"")
-        headers = {"Content-Length": len(content), "X-Repo-Commit": hub.commit_hash, "ETag": hash(content)}
+        content = b"" if hub.status else hub.files.get(tuple(self.path[1:].split("/resolve/main/")), b"")
         self.send_response(hub.status or (200 if content else 404))
-        for name, value in headers.items() if content else [("Content-Length", 0), ("X-Error-Code", "EntryNotFound")]:
+        headers = {"X-Error-Code": "" if content or hub.status else "EntryNotFound", "Content-Length": len(content)}
+        for name, value in (headers | {"X-Repo-Commit": hub.commit_hash, "ETag": hash(content)}).items():
             self.send_header(name, str(value))
         self.end_headers()
         if self.command != "HEAD":
@@ -131,11 +130,8 @@ class HubHandler(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def hub(monkeypatch, tmp_path_factory):
-    """The hub over HTTP on the loopback interface, empty as its cache. `files` maps (repository, name) to content.
-
-    If `status` is set that is its answer to everything; while `silent` is True it gives none; after `close` nobody
-    listens at its port.
-    """
+    """The hub over HTTP on the loopback interface, empty as its cache. `files` maps (repository, name) to content. If
+    `status` is set that is its answer to everything; while `silent` it gives none; after `close` nobody listens."""
     hub = ThreadingHTTPServer(("127.0.0.1", 0), HubHandler)
     hub.files, hub.requests, hub.commit_hash, hub.status, hub.silent = {}, [], "c0ffee" * 6 + "c0ff", 0, False
     hub.close = lambda: (hub.shutdown(), hub.server_close())

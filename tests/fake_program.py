@@ -23,16 +23,13 @@ run.mkdir(parents=True, exist_ok=True)
 if buffer and not Path(buffer).exists():
     Path(buffer).write_text(f"made by {Path.cwd().name}")
 if "--resume" not in flags and "--slow" in flags and "--save-model" in flags:  # until it is told to stop
-    signals = []
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, lambda number, _: signals.append(number))
+    numbers = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1}
+    signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
     (run / "checkpoint.pt").touch()
     Path("pid").write_text(str(os.getpid()))
-    given_up = time.time() + 100
-    while not signals and time.time() < given_up:
-        time.sleep(0.02)
+    number = signal.sigtimedwait(numbers, 100).si_signo
     time.sleep(0.5)  # as a checkpoint takes its time
-    Path("signals").write_text(" ".join(map(str, signals)))
-    sys.exit(128 + signals[0])
+    Path("signals").write_text(" ".join(str(int(each)) for each in (number, *signal.sigpending())))
+    sys.exit(128 + number)
 if "--save-model" in flags or "--resume" in flags:
     (run / "fake.cleanrl_model").touch()

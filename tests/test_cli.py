@@ -1,7 +1,7 @@
-"""The program as its users meet it: refusals of one line before any work, --help, the evaluation of a saved model."""
+"""The program as its users meet it: refusals of one line before any work, a saved model played, --help, the README."""
 
-import importlib.util
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -11,10 +11,11 @@ import cv2
 import numpy as np
 import pytest
 import torch
+import tyro
 from conftest import PROGRAM
 
 import qdagger_dqn_atari_impalacnn as qdagger
-from qdagger_dqn_atari_impalacnn import Args, load_network, validate
+from qdagger_dqn_atari_impalacnn import Args, load_network
 
 
 @pytest.fixture
@@ -71,13 +72,6 @@ def test_what_cannot_work_is_refused_before_any_work(refused, make_model, monkey
     assert line.startswith(f"{flag} {value or True}: ") and OTHERS[flags] in line
 
 
-def test_what_is_just_enough_is_not_refused():
-    validate(Args(num_envs=8, buffer_size=56, teacher_steps=448), {})
-    skipped = "total_timesteps learning_starts offline_steps distill_steps eval_frequency checkpoint_frequency"
-    validate(Args(**dict.fromkeys(skipped.split(), 0)), {})
-    validate(Args(gamma=1.0, tau=1.0, start_e=0.0, end_e=1.0, repeat_action_probability=1.0), {})
-
-
 def test_a_directory_or_a_replay_that_cannot_be_made_is_refused(refused, tmp_path):
     line = refused("--teacher=none", "--no-cuda", f"--buffer-size={10**13}")
     assert line.startswith("--buffer-size") and "memory" in line
@@ -94,19 +88,17 @@ def test_a_teacher_that_is_not_above_the_baseline_is_refused(refused, make_model
 
 
 def test_evaluate_prints_every_game_and_their_mean_and_films_one(command_line, make_model, tmp_path):
-    """On the processor if there is no GPU; the film if it can be made."""
-    model, film = tmp_path / "model", bool(importlib.util.find_spec("moviepy"))
-    shutil.copy(make_model(4, action=1), model)
-    flags = ["--evaluate", model, "--eval-episodes", 3, "--end-e", 0.05, "--no-cuda", "--seed", 4]
-    code, out, _ = command_line(*flags, *["--capture-video"] * film)
+    """On the processor if there is no GPU."""
+    model = shutil.copy(make_model(4, action=1), tmp_path)
+    flags = ["--evaluate", model, "--eval-episodes", 3, "--end-e", 0.05, "--no-cuda", "--seed", 4, "--capture-video"]
+    code, out, _ = command_line(*flags)
     args, network = Args(end_e=0.05, seed=4), load_network(model, 4, "--evaluate")
     returns = qdagger.evaluate(network, args, 3, torch.device("cpu"))  # not all the same
     *games, last = out.splitlines()
     assert code == 0 and games == [f"game {number}: {score:g}" for number, score in enumerate(returns, 1)]
     assert last == f"{np.mean(returns):.2f} ± {np.std(returns):.2f} over 3 games of BreakoutNoFrameskip-v4"
-    if film:
-        video = cv2.VideoCapture(str(tmp_path / "videos" / "evaluation.mp4"))
-        assert video.get(cv2.CAP_PROP_FRAME_COUNT) > 20 and video.read()[1].shape == (210, 160, 3)
+    video = cv2.VideoCapture(str(tmp_path / "videos" / "evaluation.mp4"))
+    assert video.get(cv2.CAP_PROP_FRAME_COUNT) > 20 and video.read()[1].shape == (210, 160, 3)
     assert not (tmp_path / "runs").exists()
 
 
@@ -122,3 +114,32 @@ def test_the_file_works_alone_in_900_lines_and_without_the_signals_of_other_syst
     own = {path.stem for path in [*PROGRAM.parent.glob("*.py"), *PROGRAM.parent.glob("t*s/*.py")]}
     assert {"conftest", "plot"} < own and not imported & (own | {"tests", "tools", "results"})
     assert len(source.splitlines()) <= 900
+
+
+README, SOURCE = (PROGRAM.parent / "README.md").read_text(), PROGRAM.read_text()
+COMMENTS = re.findall(r"^    (\w+): .+?  # (.+)$", SOURCE.split("class Args:")[1].split("class ")[0], re.MULTILINE)
+COMMAND = r"(?<!`)python qdagger_dqn_atari_impalacnn.py ((?:.*\\\n)*.*)"
+
+
+def test_the_table_of_flags_has_each_with_its_default_and_its_comment():
+    rows = re.findall(r"^\| `--([a-z-]+)` \| (.+?) \| (.+) \|$", README, re.MULTILINE)
+    assert [(name.replace("-", "_"), meaning) for name, _, meaning in rows] == COMMENTS
+    words = {"True": "on", "False": "off", "None": "–", "": "–"}
+    for (name, shown, _), field in zip(rows, fields(Args), strict=True):
+        default = False if name == "amp" else field.default
+        literal = words.get(str(default)) or type(default)(shown.strip("`"))
+        assert literal == (shown if str(default) in words else default), name
+
+
+def test_help_shows_every_flag_with_its_comment(command_line, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "400")
+    code, out, _ = command_line("--help")
+    assert code == 0 and [name for name, _ in COMMENTS] == [field.name for field in fields(Args)]
+    for name, comment in COMMENTS:
+        assert re.search(rf"--{name.replace('_', '-')}\b[^#]{{,200}}{re.escape(comment)}", " ".join(out.split())), name
+
+
+@pytest.mark.parametrize("command", re.findall(COMMAND, README + qdagger.__doc__, re.MULTILINE))
+def test_every_documented_command_works(command):
+    words = shlex.split(command.replace("\\\n", " "), comments=True)
+    qdagger.validate(tyro.cli(Args, args=words), {})

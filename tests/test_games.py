@@ -173,8 +173,7 @@ def fond_of_left(obs: torch.Tensor) -> torch.Tensor:
 
 
 def test_an_evaluation_plays_as_many_games_of_each_environment_as_was_said_before(monkeypatch):
-    """Twelve games of ten environments, two of the first and second each, however long the others take: environment i
-    ends a game every i + 1 steps."""
+    """Twelve games of ten environments, of which i ends one every i + 1 steps: two of the first and second each."""
     ends = [[(env, 100.0 * env + step, 4) for env in range(10) if step % (env + 1) == 0] for step in range(1, 11)]
     outcomes = {"step_wait.side_effect": [(None, finished) for finished in ends]}
     games, args = MagicMock(obs=np.zeros((10, 4, 84, 84), np.uint8), **outcomes), Args(seed=1)

@@ -1,11 +1,12 @@
-"""The method by hand: loss and gradient, lambda, schedules, periodic work under any stride, epsilon-greedy actions."""
+"""The method by hand: loss and gradient, lambda, schedules, periodic work, epsilon-greedy actions, both networks."""
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, strategies
 from torch.distributions import Categorical, kl_divergence
 
-from qdagger_dqn_atari_impalacnn import Batch, act, distill_coefficient, due, linear_schedule, qdagger_loss
+from qdagger_dqn_atari_impalacnn import NETWORKS, Batch, act, distill_coefficient, due, linear_schedule, qdagger_loss
 
 
 def test_large_q_values_at_a_low_temperature_stay_finite():
@@ -41,15 +42,13 @@ def test_loss_and_gradient_by_formula(huber, weight, temperature):
     assert errors.abs().min() < 1 < errors.abs().max(), "this case cannot tell Huber from squares"
 
 
-@pytest.mark.parametrize(
-    ("student", "teacher", "baseline", "expected"),
-    [
-        *[(0, 400, 0, 1), (100, 400, 0, 0.75), (300, 400, 0, 0.25), (400, 400, 0, 0), (4000, 400, 0, 0)],
-        *[(-1, 400, 0, 1), (-21, 19.7, 0, 1), (9.85, 19.7, 0, 0.5)],  # Pong's -21 is not 2.07
-        *[(-20.7, 19.7, -20.7, 1), (-0.5, 19.7, -20.7, 0.5), (21, 19.7, -20.7, 0), (-21, 19.7, -20.7, 1)],
-        *[(-20, -10, -20, 1), (-17.5, -10, -20, 0.75), (-10, -10, -20, 0), (-5, -10, -20, 0)],  # a teacher below 0
-    ],
-)
+LAMBDAS = [(0, 400, 0, 1), (100, 400, 0, 0.75), (300, 400, 0, 0.25), (400, 400, 0, 0), (4000, 400, 0, 0)]
+LAMBDAS += [(-1, 400, 0, 1), (-21, 19.7, 0, 1), (9.85, 19.7, 0, 0.5)]  # Pong's -21 is not 2.07
+LAMBDAS += [(-20.7, 19.7, -20.7, 1), (-0.5, 19.7, -20.7, 0.5), (21, 19.7, -20.7, 0), (-21, 19.7, -20.7, 1)]
+LAMBDAS += [(-20, -10, -20, 1), (-17.5, -10, -20, 0.75), (-10, -10, -20, 0), (-5, -10, -20, 0)]  # a teacher below 0
+
+
+@pytest.mark.parametrize("student, teacher, baseline, expected", LAMBDAS)
 def test_lambda_is_the_share_of_the_teachers_return_that_ten_games_lack(student, teacher, baseline, expected):
     """1 - (G_student - baseline) / (G_teacher - baseline), clipped; 1 before ten games; 0 from distill_steps on."""
     returns = [student + spread for spread in (-40, -30, -20, -10, 0, 0, 10, 20, 30, 40)]
@@ -61,11 +60,10 @@ def test_lambda_is_the_share_of_the_teachers_return_that_ten_games_lack(student,
 
 
 def test_linear_schedule_by_hand():
-    """Start, quarter, middle, last step, end exactly and for ever; it may rise, be broken, or have no duration."""
-    values = [linear_schedule(1.0, 0.2, 100, step) for step in (0, 25, 50, 99, 100, 101, 10**9)]
-    assert values == pytest.approx([1.0, 0.8, 0.6, 0.208, 0.2, 0.2, 0.2]) and values[4:] == [0.2] * 3
-    assert [linear_schedule(0.0, 1.0, 2.5, step) for step in (1, 2, 3)] == pytest.approx([0.4, 0.8, 1.0])
-    assert [linear_schedule(1.0, 0.05, duration, step) for duration in (0, 0.0) for step in (0, 3)] == [0.05] * 4
+    """Start, quarter, last step, end exactly and for ever; it may have no duration."""
+    values = [linear_schedule(1.0, 0.2, 100, step) for step in (0, 25, 99, 100, 10**9)]
+    assert values == pytest.approx([1.0, 0.8, 0.208, 0.2, 0.2]) and values[3:] == [0.2] * 2
+    assert [linear_schedule(1.0, 0.05, 0.0, step) for step in (0, 3)] == [0.05] * 2
 
 
 @given(*(strategies.integers(*limits) for limits in ((0, 500), (1, 60), (0, 80))))
@@ -76,16 +74,14 @@ def test_due_looks_at_every_step_of_a_stride(step, stride, every):
     assert stride > every > 0 or sum(due(one, stride, every) for one in steps) == (every and step * stride // every)
 
 
-def seeded(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
 @pytest.mark.parametrize("epsilon", [0.0, 0.4, torch.tensor(0.4), 1.0])
 @pytest.mark.parametrize("num_actions", [4, 9, 18])
 def test_act_takes_the_best_action_but_explores_uniformly_as_often_as_epsilon_says(num_actions, epsilon):
     """Chi-square over all pairs of the best and the taken action, within 4 deviations; rows are independent."""
-    q_values = torch.randn(90_000, num_actions, generator=seeded(3))
-    best, actions = q_values.argmax(1), act(lambda obs: obs, seeded(0), q_values, epsilon)[0]
+    q_values = torch.randn(90_000, num_actions, generator=torch.Generator().manual_seed(3)).requires_grad_()
+    actions, returned = act(lambda obs: 1 * obs, torch.Generator().manual_seed(0), q_values, epsilon)
+    assert torch.equal(returned, q_values) and not returned.requires_grad and actions.dtype == torch.int64
+    best = q_values.argmax(1)
     counts = torch.bincount(best * num_actions + actions, minlength=num_actions**2).view(num_actions, num_actions)
     shares = (1 - epsilon) * torch.eye(num_actions) + epsilon / num_actions
     expected, freedom = torch.bincount(best)[:, None] * shares, num_actions * (num_actions - 1)
@@ -94,12 +90,47 @@ def test_act_takes_the_best_action_but_explores_uniformly_as_often_as_epsilon_sa
     assert (greedy[0::2] * greedy[1::2]).mean().item() == pytest.approx(share**2, abs=0.01)
 
 
-def test_act_draws_from_its_generator_alone():
-    """Other actions at the next call, the same with the same seed; global chance is neither used nor moved."""
-    layer, obs, generator = torch.nn.Linear(6, 6), torch.randn(200, 6), seeded(7)
-    state, first, second = torch.get_rng_state(), *(act(layer, generator, obs, 0.5) for _ in range(2))
-    assert torch.equal(torch.get_rng_state(), state)
-    torch.manual_seed(5)
-    again, other = (act(layer, seeded(seed), obs, 0.5)[0] for seed in (7, 8))
-    assert torch.equal(again, first[0]) and not torch.equal(first[0], second[0]) and not torch.equal(other, first[0])
-    assert torch.equal(first[1], layer(obs)) and not first[1].requires_grad and first[0].dtype == torch.int64
+def by_hand(name: str, state: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+    """Q-values from these tensors alone, all of which are used; x is float, from 0 to 1."""
+    left = dict(state)
+
+    def layer(function, key: str, x: torch.Tensor, **options) -> torch.Tensor:
+        return function(x, left.pop(f"network.{key}.weight"), left.pop(f"network.{key}.bias"), **options)
+
+    for i in range(3):
+        if name == "nature":
+            x = layer(F.conv2d, str(2 * i), x, stride=(4, 2, 1)[i]).relu()
+            continue
+        x = F.max_pool2d(layer(F.conv2d, f"{i}.conv", x, padding=1), kernel_size=3, stride=2, padding=1)
+        for block in (f"{i}.res_block0", f"{i}.res_block1"):
+            inner = layer(F.conv2d, f"{block}.conv0", x.relu(), padding=1).relu()
+            x = x + layer(F.conv2d, f"{block}.conv1", inner, padding=1)
+    hidden, last = ("7", "9") if name == "nature" else ("5", "7")
+    q_values = layer(F.linear, last, layer(F.linear, hidden, x.relu().flatten(1)).relu())
+    assert not left
+    return q_values
+
+
+@pytest.mark.parametrize("name, size, per_action", [("nature", 1_684_128, 513), ("impala", 1_089_232, 257)])
+@pytest.mark.parametrize("num_actions", [4, 6, 9, 18])
+def test_q_values_layer_by_layer(name, size, per_action, num_actions):
+    """From uint8 to float32, on images without symmetry, so that no layer, frame or skip connection can be misplaced.
+
+    Published teachers have these names and sizes. Under autocast only the last layer multiplies in float32.
+    """
+    torch.manual_seed(0)
+    network, obs = NETWORKS[name](num_actions).requires_grad_(False), torch.randint(256, (3, 4, 84, 84)).byte()
+    state, before, seen = network.state_dict(), obs.clone(), []
+    expected = by_hand(name, state, obs / 255)
+    assert {tensor.dtype for tensor in state.values()} == {torch.float32}
+    assert sum(tensor.numel() for tensor in state.values()) == size + num_actions * per_action
+    network.to(memory_format=torch.channels_last)
+    for rows in (slice(3), slice(1, 2)):
+        torch.testing.assert_close(network(obs[rows]), expected[rows], rtol=1e-4, atol=1e-6)
+    assert (expected - by_hand(name, state, obs.flip(1) / 255)).abs().max() > 1e-4, "frames look alike to it"
+    network.network[-3].register_forward_hook(lambda module, inputs, output: seen.append(output))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        q_values = network(obs)
+    assert q_values.dtype == torch.float32 and seen[0].dtype == torch.bfloat16
+    torch.testing.assert_close(q_values, F.linear(seen[0].relu().float(), *network.network[-1].state_dict().values()))
+    assert 0 < (q_values - expected).abs().max() < 0.03 * expected.abs().max() and torch.equal(obs, before)

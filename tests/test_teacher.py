@@ -57,25 +57,20 @@ def test_a_stable_baselines3_zip_has_the_q_values_of_its_model(tmp_path):
 
 
 STATE = TeacherNetwork(4).state_dict()
-WHOLE = saved(STATE)
-NO_MODELS = {
-    "random bytes": np.random.default_rng(0).bytes(5000),
-    **{f"cut at {share}": WHOLE[: int(share * len(WHOLE))] for share in (0, 0.001, 0.5, 0.9999)},
-    "an empty dictionary": saved({}),
-    "another program's": saved({4: torch.zeros(4, 4)}),
-    "a wrong shape": saved(STATE | {"network.7.bias": torch.zeros(256)}),
-    "a value that is no tensor": saved(STATE | {"network.2.bias": [0.0] * 64}),
-    "a teacher of another game": saved(TeacherNetwork(6).state_dict()),
-}
+WHOLE, LAST = saved(STATE), "network.9.bias"
 
 
 def test_what_is_no_model_is_refused_in_a_line(tmp_path):
-    """Zips of another game or policy as well, the latter with as many tensors as a Nature CNN."""
+    """Cut, empty, another program's or game's, another shape; zips of another game or policy, the latter with as many
+    tensors as a Nature CNN."""
     sb3(tmp_path / "pong.zip", num_actions=6)
     sb3(tmp_path / "flat.zip", policy="MlpPolicy", shape=(8,), policy_kwargs={"net_arch": [8] * 4})
-    (tmp_path / "cut.zip").write_bytes((tmp_path / "pong.zip").read_bytes()[:-9])
-    for name, content in NO_MODELS.items():
-        (tmp_path / name).write_bytes(content)
+    contents = [WHOLE[: int(share * len(WHOLE))] for share in (0, 0.001, 0.5, 0.9999)]
+    contents += [np.random.default_rng(0).bytes(5000), (tmp_path / "pong.zip").read_bytes()[:-9]]
+    contents += map(saved, ({}, {4: torch.zeros(4, 4)}, TeacherNetwork(6).state_dict()))
+    contents += [saved(STATE | {name: wrong}) for name, wrong in (("network.7.bias", STATE[LAST]), (LAST, [0.0] * 4))]
+    for nth, content in enumerate(contents):
+        (tmp_path / str(nth)).write_bytes(content)
     for path in [tmp_path, tmp_path / "missing", *tmp_path.iterdir()]:
         assert refusal(load_network, path, 4, "--teacher").startswith(f"--teacher {path}: ")
 
@@ -196,7 +191,7 @@ def test_a_damaged_buffer_is_refused_and_never_runs_code(tmp_path):
 
 
 UPLOAD = ["--num-envs=1", "--total-timesteps=28", "--offline-steps=0", "--network=nature", "--batch-size=4"]
-UPLOAD += ["--buffer-size=28", "--teacher-steps=56", "--no-cuda", "--save-model", "--upload-model"]
+UPLOAD += ["--buffer-size=7", "--teacher-steps=56", "--no-cuda", "--save-model", "--upload-model"]  # just enough
 NAME = "BreakoutNoFrameskip-v4-qdagger_dqn_atari_impalacnn-seed1"
 
 

@@ -33,11 +33,9 @@ def tiny(num_actions: int) -> AtariNetwork:
 
 
 class Clockwork:
-    """Games that cost nothing: stripes, by a clock that starts at the seed and counts the steps of all environments.
-
-    Begun anew with the seed of a later step they are what they would have been. Every fourth row is truncated, so that
-    nothing is lost if a run ends with it. In every seventh a game ends, or when and with what returns `script` says.
-    """
+    """Games that cost nothing: stripes, by a clock that starts at the seed and counts the steps of all environments, so
+    that games of a later seed go on with those of an earlier one. Every fourth row is truncated: nothing is lost if a
+    run ends with it. In every seventh a game ends, or when and with what returns `script` says."""
 
     num_actions, script = 4, None
 
@@ -55,9 +53,8 @@ class Clockwork:
     def step_wait(self):
         self.clock += self.num_envs
         row, never = self.clock // self.num_envs, np.zeros(self.num_envs, dtype=bool)
-        returns = [(row + self.actions.sum()) % 5 + 1.0] if row % 7 == 0 else []
-        if self.script is not None:
-            returns = self.script.get((self.clock - self.seed) // self.num_envs, [])
+        by_rule = [(row + self.actions.sum()) % 5 + 1.0] if row % 7 == 0 else []
+        returns = self.script.get((self.clock - self.seed) // self.num_envs, []) if self.script else by_rule
         games = [(row // 7 % self.num_envs, float(score), 28) for score in returns]
         return np.sign(self.actions - row % 4, dtype=np.float32), never, never | (row % 4 == 0), games
 
@@ -74,10 +71,9 @@ def same(one, other) -> bool:
 def run(make_model, tmp_path_factory):
     """run(evaluate, games, script, **changes): train; unless told otherwise, evaluations play no games but return 2.
 
-    What comes back has `steps` and `values` of each tag, `weights`, the `epsilons` that were acted with, and of each
-    gradient step whether target and online network were equal before (`in_sync`) and how many environment steps its
-    replay held (`stored`). `rows` has, for each replay in the order of its use, what was added, but for frames.
-    """
+    What comes back has `steps` and `values` of each tag, `weights`, the `epsilons` that were acted with, of each
+    gradient step whether target and online network were equal before (`in_sync`) and how many steps its replay held
+    (`stored`), and the `rows` but for frames that were added to each replay, in the order of their use."""
 
     def go(evaluate=lambda *_, **__: [2.0], games=Clockwork, script=None, actions=4, **changes) -> SimpleNamespace:
         seen, real_act = SimpleNamespace(in_sync=[], stored=[], epsilons=[], rows={}), qdagger.act
@@ -168,9 +164,8 @@ def test_a_run_leaves_what_was_asked_for_and_nothing_else(three_phases):
 @pytest.mark.parametrize("tau", [1.0, 0.5])
 def test_updates_and_exploration_do_not_depend_on_the_number_of_environments(run, num_envs, tau):
     """Offline 50 on the whole buffer, a new target after every 24th; at the end it is copied, whatever tau is. Online
-    one in four steps from 101 on, offline steps not counted, while that step is played; a new target at 120, 144, ...
-    The teacher's exploration falls over its buffer, the student's goes on from where the offline steps have brought it.
-    """
+    one in four from 101 on, offline steps not counted, while the games step; a new target at 120, 144, ... Exploration
+    of the teacher falls over its buffer, of the student from where the offline steps have brought it."""
     seen = run(num_envs=num_envs, offline_steps=50, tau=tau, exploration_fraction=0.5, start_e=0.9, end_e=0.1)
     played = math.ceil(480 / (8 * num_envs)) * 8 * num_envs
     assert seen.stored == [played] * 50 + [(step - 1) // num_envs * num_envs for step in range(104, 241, 4)]
@@ -249,10 +244,8 @@ KICKSTART = dict(offline_steps=0, temperature=1.0, learning_starts=20)
 
 @pytest.mark.parametrize("baseline, lowest", [("zero", 0), ("random", -2)])
 def test_lambda_is_the_formula_on_the_logged_returns(run, baseline, lowest):
-    """By the last ten games that were over when the step began, 1 before; the loss has it as the weight of its part.
-
-    A teacher of 2, random play at -2; no offline phase, so no buffer of the teacher's either.
-    """
+    """By the last ten games that were over when the step began, 1 before; the loss has it as the weight of its part. A
+    teacher of 2, random play at -2; no offline phase, so no buffer of the teacher's either."""
     rng, expected = np.random.default_rng(0), []
     script = {row: rng.uniform(-3, 3 + row / 50, size=1 + row % 3) for row in range(15, 250, 4)}
     evaluate = lambda *_, epsilon=None, **__: [-2.0 if epsilon == 1.0 else 2.0]  # noqa: E731
