@@ -109,7 +109,7 @@ class Args:
     return_baseline: Literal["zero", "random"] = "zero"  # lambda compares returns above this baseline
     teacher: str = "auto"  # auto (hub, else bundled), none (plain DQN from scratch), or a path: model or SB3 DQN zip
     teacher_policy_hf_repo: str | None = None  # hub repository; unset: cleanrl/{env_id}-{teacher_model_exp_name}-seed1
-    teacher_model_exp_name: str = "dqn_atari"  # the file there is {teacher_model_exp_name}.cleanrl_model (or dqn-*.zip)
+    teacher_model_exp_name: str = "dqn_atari"  # its file is {teacher_model_exp_name}.cleanrl_model, or dqn-*.zip
     teacher_eval_episodes: int = 10  # games that measure the teacher
     teacher_buffer: str | None = None  # read the teacher's buffer from this file if it exists, else write it there
 
@@ -736,7 +736,7 @@ def find_teacher(args: Args) -> tuple[Path, str]:
             with suppress(errors.LocalEntryNotFoundError):
                 return Path(hf_hub_download(repo, file, local_files_only=True)), f"from the cache of the hub, {repo}"
     bundled = Path(__file__).parent / "teachers" / f"{args.env_id}.cleanrl_model"
-    if repo != f"cleanrl/{args.env_id}-dqn_atari-seed1" or not bundled.exists():
+    if repo != f"cleanrl/{args.env_id}-{Args.teacher_model_exp_name}-seed1" or not bundled.exists():
         raise UserError(f"--teacher auto: the hub is out of reach and {repo} not in its cache; give a PATH")
     return bundled, "bundled: the hub is out of reach"
 

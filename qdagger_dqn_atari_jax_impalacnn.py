@@ -1,0 +1,950 @@
+"""QDagger on Atari in JAX: a student Impala-CNN takes over from a DQN teacher and plays on by itself.
+
+    python qdagger_dqn_atari_jax_impalacnn.py --env-id BreakoutNoFrameskip-v4               # teach, then play on
+    python qdagger_dqn_atari_jax_impalacnn.py --teacher none --network nature --save-model  # train a teacher
+    python qdagger_dqn_atari_jax_impalacnn.py --evaluate runs/RUN/MODEL.cleanrl_model       # play a saved model
+
+Reincarnating Reinforcement Learning (Agarwal et al., 2022, arXiv 2206.01626). A step is four emulator frames.
+
+1. Teacher buffer: the teacher plays, and its transitions are stored with its Q-values.
+2. Offline: the student learns from that buffer alone, with λ = 1.
+3. Online: the student plays and learns from transitions of its own; λ fades as its return nears the teacher's.
+
+The loss is the same in phases 2 and 3; its terms are means over a batch:
+
+    y            = r₁ + γ r₂ + … + γⁿ⁻¹ rₙ + γⁿ (1 − terminated) max_a Q_target(sₙ, a)
+    td_loss      = (Q(s, a) − y)²
+    distill_loss = KL(π_teacher(·|s) ‖ π(·|s))    with π = softmax(Q / temperature)
+    loss         = td_loss + distill_coef · λ · distill_loss
+    λ            = 1[t < distill_steps] · clip(1 − G_student / G_teacher, 0, 1)    with mean returns G
+
+Its sibling in PyTorch is qdagger_dqn_atari_impalacnn.py. Random numbers follow from the seed and the count of steps.
+"""
+
+import hashlib
+import importlib.util
+import io
+import json
+import math
+import os
+import signal
+import sys
+import time
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field
+from functools import partial, reduce
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # or JAX takes three quarters of a GPU when it starts
+
+import ale_py
+import cv2
+import gymnasium as gym
+import numpy as np
+import torch  # reads PyTorch's models, and writes for TensorBoard
+import tyro
+from ale_py.vector_env import AtariVectorEnv
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+try:
+    import flax.linen as nn
+    import jax
+    import jax.numpy as jnp
+    import optax
+    from flax import serialization, struct
+    from flax.training import train_state
+    from flax.traverse_util import flatten_dict, unflatten_dict
+except ImportError as missing:
+    print(f'error: {missing}: pip install -e ".[jax]", on Python 3.11 or newer', file=sys.stderr)
+    sys.exit(2)
+
+gym.register_envs(ale_py)
+ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)
+
+
+@dataclass
+class Args:
+    # run
+    exp_name: str = Path(__file__).stem  # name of the experiment, part of the run's name
+    seed: int = 1  # seeds networks, exploration, sampling and games
+    cuda: bool = True  # train on the GPU if there is one
+    track: bool = False  # follow the run on Weights & Biases as well (extra `track`)
+    wandb_project_name: str = "cleanRL"  # its project there
+    wandb_entity: str | None = None  # its user or team there
+    capture_video: bool = False  # film a game of each evaluation to runs/RUN/videos (extra `video`)
+    save_model: bool = False  # write the network to runs/RUN/ at each evaluation and checkpoint
+    upload_model: bool = False  # upload the saved model to the Hugging Face hub at the end
+    hf_entity: str = ""  # user or organisation there; empty: the one logged in
+
+    # environment
+    env_id: str = "BreakoutNoFrameskip-v4"  # one of ale-py's *NoFrameskip-v4 games
+    num_envs: int = 4  # games side by side, the teacher's eight times as many; updates per step do not depend on it
+    repeat_action_probability: float = 0.0  # chance that a frame repeats the last action; 0.25 = sticky actions
+
+    # DQN
+    total_timesteps: int = 10_000_000  # environment steps of the online phase
+    learning_rate: float = 1e-4  # of Adam
+    adam_eps: float = 1e-8  # of Adam
+    buffer_size: int = 1_000_000  # environment steps in the student's replay; 7.06 GB per million
+    gamma: float = 0.99  # discount per step
+    tau: float = 1.0  # share of the online network in a target update; 1 copies it
+    target_network_frequency: int = 1000  # gradient steps (offline) or environment steps (online) per target update
+    batch_size: int = 32  # transitions per gradient step
+    n_step: int = 3  # rewards summed before the target network's value
+    huber: bool = False  # Huber instead of squared TD error
+    start_e: float = 1.0  # exploration at the start of a schedule
+    end_e: float = 0.01  # exploration at its end, and in every evaluation
+    exploration_fraction: float = 0.10  # share of total_timesteps over which exploration falls, offline steps counted
+    learning_starts: int = 80_000  # online steps before the first online gradient step
+    train_frequency: int = 4  # online steps per gradient step
+
+    # QDagger
+    teacher_steps: int = 500_000  # environment steps of the teacher's buffer
+    offline_steps: int = 500_000  # gradient steps on the teacher's buffer
+    temperature: float = 0.1  # of both policies in the distillation loss
+    distill_coef: float = 3.0  # weight of the distillation loss beside lambda
+    distill_steps: int | None = None  # online steps after which lambda is 0; unset: never cut off
+    distill_latch: bool = False  # once lambda was 0, keep it there
+    return_baseline: Literal["zero", "random"] = "zero"  # lambda compares returns above this baseline
+    teacher: str = "auto"  # auto (hub, else bundled), none (plain DQN from scratch), or a path: model or SB3 DQN zip
+    teacher_policy_hf_repo: str | None = None  # hub repository; unset: cleanrl/{env_id}-{teacher_model_exp_name}-seed1
+    teacher_model_exp_name: str = "dqn_atari_jax"  # its file is {teacher_model_exp_name}.cleanrl_model, or dqn-*.zip
+    teacher_eval_episodes: int = 10  # games that measure the teacher
+    teacher_buffer: str | None = None  # read the teacher's buffer from this file if it exists, else write it there
+
+    # speed
+    network: Literal["impala", "nature"] = "impala"  # the network that learns
+    amp: bool = False  # all layers but the last in bfloat16
+
+    # checkpoints and evaluation
+    checkpoint_frequency: int | None = None  # steps or updates per checkpoint; unset: 10 minutes; 0: ends of phases
+    resume: str | None = None  # go on with this run, runs/RUN, from its last checkpoint, with its flags
+    eval_frequency: int = 500_000  # online steps between evaluations; 0: at the end only
+    eval_episodes: int = 10  # games in each of them
+    evaluate: str | None = None  # only play this saved model for eval_episodes games and print the scores
+
+
+class UserError(Exception):
+    """What the user can put right: `main` shows its one line and exits with code 2."""
+
+
+@contextmanager
+def user_error(problem: str):
+    """Turn whatever goes wrong inside into a UserError that says `problem` and, in brackets, why."""
+    try:
+        yield
+    except Exception as error:
+        why = (str(error).strip() or type(error).__name__).split("\n")[0][:200]
+        raise error if isinstance(error, UserError) else UserError(f"{problem} ({why})") from None
+
+
+# --- The method ---
+
+
+class Batch(NamedTuple):
+    obs: jax.Array  # uint8 (batch, 4, 84, 84)
+    actions: jax.Array  # int32 (batch,)
+    returns: jax.Array  # float32 (batch,): discounted sum of up to n rewards
+    discounts: jax.Array  # float32 (batch,): gamma^n for the value of next_obs, 0 after a termination
+    next_obs: jax.Array  # uint8 (batch, 4, 84, 84)
+    teacher_q_values: jax.Array  # float32 (batch, num_actions) at obs
+
+
+def qdagger_loss(q_values, next_q_values, batch: Batch, distill_weight, temperature: float = 1.0, huber: bool = False):
+    """loss = td_loss + distill_weight KL(teacher || student), td_loss, KL: scalars, means over the batch.
+
+    Q-values are float32 (batch, num_actions), the student's at batch.obs and the target network's at batch.next_obs.
+    """
+    td_target = batch.returns + batch.discounts * next_q_values.max(axis=1)
+    q_taken = jnp.take_along_axis(q_values, batch.actions[:, None], axis=1).squeeze(1)
+    td_loss = (optax.huber_loss(q_taken, td_target) if huber else (q_taken - td_target) ** 2).mean()
+    student = jax.nn.log_softmax(q_values / temperature)
+    teacher = jax.nn.log_softmax(batch.teacher_q_values / temperature)
+    distill_loss = (jnp.exp(teacher) * (teacher - student)).sum(axis=1).mean()
+    return td_loss + distill_weight * distill_loss, td_loss, distill_loss
+
+
+def distill_coefficient(returns, teacher_return, baseline_return=0.0, step=0, distill_steps=None) -> float:
+    """lambda = 1[t < t0] clip(1 - G_student / G_teacher, 0, 1), mean returns G above the baseline (section 4.1)."""
+    if distill_steps is not None and step >= distill_steps:
+        return 0.0
+    if len(returns) < 10:  # too few games to tell
+        return 1.0
+    return float(np.clip(1 - (np.mean(returns) - baseline_return) / (teacher_return - baseline_return), 0, 1))
+
+
+def linear_schedule(start: float, end: float, duration: float, step: int) -> float:
+    """From `start` at step 0 to `end` at step `duration`, and `end` from there on."""
+    return end if step >= duration else start + (end - start) * step / duration
+
+
+def due(step: int, stride: int, every: int) -> bool:
+    """Whether a multiple of `every` lies in (step, step + stride]: periodic work under any stride; never if 0."""
+    return every > 0 and (step + stride) // every > step // every
+
+
+@partial(jax.jit, static_argnums=0)
+def act(network: nn.Module, params: dict, key: jax.Array, obs: jax.Array, epsilon: jax.Array):
+    """epsilon-greedy actions int32 (batch,), and the Q-values (batch, num_actions) behind them."""
+    q_values, keys = network.apply(params, obs), jax.random.split(key)
+    random_actions = jax.random.randint(keys[0], (len(obs),), 0, q_values.shape[1])
+    explores = jax.random.uniform(keys[1], (len(obs),)) < epsilon
+    return jnp.where(explores, random_actions, q_values.argmax(1)), q_values
+
+
+# --- Networks: Flax names their parameters by class and order, as in the files on the hub ---
+
+STACK, SIDE = 4, 84  # frames in an observation, and their height and width
+
+
+def dtype_of_input(x: jax.Array, *weights: jax.Array, **_) -> tuple:
+    """A layer computes in the dtype of what comes in, whatever its weights are kept in."""
+    return x, *(weight.astype(x.dtype) for weight in weights)
+
+
+OPTIONS = dict(kernel_init=nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform"), promote_dtype=dtype_of_input)
+Conv, Dense = partial(nn.Conv, **OPTIONS), partial(nn.Dense, **OPTIONS)  # which begin as PyTorch's
+
+
+def max_pool(x: jax.Array) -> jax.Array:
+    """3 x 3, stride 2, padding 1, as the larger of shifted slices: reduce_window's gradient is slow on a CPU."""
+    for axis in (1, 2):
+        span = 2 * ((x.shape[axis] + 1) // 2) - 1
+        padded = jnp.pad(x, [(int(each == axis),) * 2 for each in range(4)], constant_values=-jnp.inf)
+        x = reduce(jnp.maximum, (jax.lax.slice_in_dim(padded, i, i + span, 2, axis) for i in range(3)))
+    return x
+
+
+class ResidualBlock(nn.Module):
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        inner = Conv(x.shape[-1], (3, 3))(nn.relu(x))
+        return x + Conv(x.shape[-1], (3, 3))(nn.relu(inner))
+
+
+class ConvSequence(nn.Module):
+    """Halves the image: (batch, h, w, in_channels) to (batch, ceil(h / 2), ceil(w / 2), channels)."""
+
+    channels: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = ResidualBlock()(max_pool(Conv(self.channels, (3, 3))(x)))
+        return ResidualBlock()(x)
+
+
+class AtariNetwork(nn.Module):
+    """Q-values float32 (batch, num_actions) from observations uint8 (batch, 4, 84, 84)."""
+
+    num_actions: int
+    dtype: type = jnp.float32  # of all layers but the last: bfloat16 is too coarse to tell one action from another
+
+    @nn.compact
+    def __call__(self, obs: jax.Array) -> jax.Array:
+        features = self.features(obs.transpose(0, 2, 3, 1).astype(self.dtype) / 255).reshape(len(obs), -1)
+        hidden = nn.relu(Dense(self.hidden)(features))
+        return Dense(self.num_actions)(hidden.astype(jnp.float32))
+
+
+class QNetwork(AtariNetwork):
+    """The student: Impala-CNN (Espeholt et al., 2018). Its sequences turn 84 pixels a side into 42, 21 and 11."""
+
+    hidden = 256
+
+    def features(self, x: jax.Array) -> jax.Array:
+        for channels in (16, 32, 32):
+            x = ConvSequence(channels)(x)
+        return nn.relu(x)
+
+
+class TeacherNetwork(AtariNetwork):
+    """The teacher: the Nature CNN (Mnih et al., 2015)."""
+
+    hidden = 512
+
+    def features(self, x: jax.Array) -> jax.Array:
+        for channels, size, stride in ((32, 8, 4), (64, 4, 2), (64, 3, 1)):
+            x = nn.relu(Conv(channels, (size, size), stride, padding="VALID")(x))
+        return x
+
+
+NETWORKS = {"impala": QNetwork, "nature": TeacherNetwork}
+
+
+# --- Replay and games ---
+
+
+@struct.dataclass
+class FrameReplay:
+    """Uniform replay that stores each frame once, 7,056 bytes, and rebuilds stacks of four when it is sampled.
+
+    Row t holds, for every environment, the newest frame of its observation and what was done there; the next
+    observation is that of row t + 1. A stack never reaches into an older episode but repeats its own first frame.
+    A truncated step is never drawn, since what it led to is not stored: returns stop before it and bootstrap from where
+    it was taken. The same holds for steps that the agent did not choose, and for the last one before a run was resumed.
+    """
+
+    frames: jax.Array  # uint8 (rows * num_envs, 7056), on the device; so is all of it
+    actions: jax.Array  # int32 (rows * num_envs,)
+    rewards: jax.Array  # float32
+    terminations: jax.Array  # bool
+    truncations: jax.Array  # bool
+    teacher_q_values: jax.Array  # float32 (rows * num_envs, num_actions)
+    written: jax.Array  # int32: rows that ever were
+    num_envs: int = struct.field(pytree_node=False)
+
+    FIELDS = ("actions", "rewards", "terminations", "truncations", "teacher_q_values")  # beside the frames
+    BLOCK = 4096  # frames that are compressed together
+
+    @classmethod
+    def create(cls, capacity: int, num_envs: int, num_actions: int, state: dict | None = None) -> "FrameReplay":
+        """Room for `capacity` environment steps, of all environments together; and what is in `state`, a state_dict."""
+        size = math.ceil(capacity / num_envs) * num_envs
+        with user_error("--buffer-size, --teacher-steps: too large for the memory, or not those of the checkpoint"):
+            frames, actions = jnp.zeros((size, SIDE * SIDE), jnp.uint8), jnp.zeros(size, jnp.int32)
+            never, teacher_q_values = jnp.zeros(size, bool), jnp.zeros((size, num_actions))
+            fields = actions, jnp.zeros(size), never, ~never, teacher_q_values, jnp.int32(0)
+            replay = jax.block_until_ready(cls(frames, *fields, num_envs))
+            return replay.load_state_dict(state) if state else replay
+
+    def slots(self, times: jax.Array, envs: jax.Array) -> jax.Array:
+        """Where the `times`-th rows ever written keep these environments."""
+        return times % (len(self.rewards) // self.num_envs) * self.num_envs + envs
+
+    @partial(jax.jit, donate_argnums=0)
+    def add(self, frames, *fields) -> "FrameReplay":
+        """With a row more: the newest frames, uint8 (num_envs, 84, 84), and FIELDS; the teacher's may be None."""
+        here, changed = self.slots(self.written, 0), {"written": self.written + 1}
+        for name, values in zip(("frames", *self.FIELDS), (frames.reshape(self.num_envs, -1), *fields)):
+            if values is not None:
+                stored = getattr(self, name)
+                changed[name] = jax.lax.dynamic_update_slice_in_dim(stored, values.astype(stored.dtype), here, 0)
+        return self.replace(**changed)
+
+    def sample(self, batch_size: int, n_step: int, gamma: float, key: jax.Array) -> Batch:
+        """Draw transitions uniformly, but for the newest n_step rows, whose future is still to come."""
+        key_of_times, key_of_envs = jax.random.split(key)
+        oldest = jnp.maximum(self.written - len(self.rewards) // self.num_envs + STACK - 1, 0)  # whose stack is whole
+        times = jax.random.randint(key_of_times, (4 * batch_size,), oldest, self.written - n_step)
+        envs = jax.random.randint(key_of_envs, (4 * batch_size,), 0, self.num_envs)
+        cut = self.truncations[self.slots(times, envs)]
+        chosen = cut.argsort(stable=True)[:batch_size]  # the first that are not cut, of four times as many
+        times, envs = times[chosen], envs[chosen]
+
+        ahead = jnp.arange(n_step)
+        window = self.slots(times[:, None] + ahead, envs[:, None])  # (batch, n_step)
+        terminations, truncations = self.terminations[window].astype(int), self.truncations[window].astype(int)
+        counted = (terminations.cumsum(1) - terminations + truncations.cumsum(1)) == 0  # the terminating step as well
+        here, steps = window[:, 0], counted.sum(1)
+        returns = (self.rewards[window] * counted * gamma**ahead).sum(1)
+        discounts = gamma**steps * ~(terminations * counted).any(1)
+        obs, next_obs = self.stacks(times, envs), self.stacks(times + steps, envs)
+        return Batch(obs, self.actions[here], returns, discounts, next_obs, self.teacher_q_values[here])
+
+    def stacks(self, times: jax.Array, envs: jax.Array) -> jax.Array:
+        """Observations uint8 (batch, 4, 84, 84) at these rows. One that was never written counts as truncated."""
+        back = jnp.arange(STACK)
+        before = self.slots(times[:, None] - back[1:], envs[:, None])  # the three rows before, the nearest first
+        age = ((self.terminations[before] | self.truncations[before]).cumsum(1) == 0).sum(1)  # those of this episode
+        slots = self.slots(times[:, None] - jnp.minimum(back[::-1], age[:, None]), envs[:, None])
+        return self.frames[slots].reshape(-1, STACK, SIDE, SIDE)
+
+    def state_dict(self) -> dict:
+        """All that was written, on the host, the frames compressed by several threads."""
+        used = min(int(self.written) * self.num_envs, len(self.rewards))
+
+        def pack(begin: int) -> np.ndarray:
+            frames = np.asarray(self.frames[begin : min(begin + self.BLOCK, used)])
+            return np.frombuffer(zlib.compress(frames, level=1), dtype=np.uint8)
+
+        with ThreadPoolExecutor() as pool:
+            frames = list(pool.map(pack, range(0, used, self.BLOCK)))
+        fields = {name: np.asarray(getattr(self, name)[:used]) for name in self.FIELDS}
+        return fields | {"written": np.asarray(self.written), "frames": frames}
+
+    def load_state_dict(self, state: dict) -> "FrameReplay":
+        """Restored into one of this shape. Its games are not restored, so the last row counts as truncated."""
+        replay, begin, used = self, 0, len(state["actions"])
+        put = jax.jit(partial(jax.lax.dynamic_update_slice_in_dim, axis=0), donate_argnums=0)
+        for packed in serialization.to_state_dict(state["frames"]).values():
+            frames = np.frombuffer(zlib.decompress(packed), dtype=np.uint8).reshape(-1, SIDE * SIDE)
+            replay = replay.replace(frames=put(replay.frames, frames, begin))
+            begin += len(frames)
+        fields = {name: getattr(self, name).at[:used].set(state[name]) for name in self.FIELDS}
+        written = jnp.asarray(state["written"], jnp.int32)
+        last = self.slots(written - 1, jnp.arange(self.num_envs))
+        fields["truncations"] = fields["truncations"].at[last].set(True)
+        return replay.replace(**fields, written=written)
+
+
+class AtariGames:
+    """Atari as the reference wrappers show it (stable_baselines3's AtariWrapper), game i with seed + i.
+
+    An image is grey, 84 x 84; the first of an episode stands for those before it. A lost life ends an episode, but not
+    the game. Then NOOP, FIRE and the action after it launch the next life, the last two a new game. Such a step is not
+    the agent's: `actions` says what was really done, and it is an episode of its own, truncated. Games play on between
+    `step_async` and `step_wait`, in threads of ALE's. All that happens follows from the seed and the actions.
+    """
+
+    def __init__(self, args: Args, num_envs: int, seed: int):
+        rom, screen = gym.spec(args.env_id).kwargs["game"], ale_py.ALEInterface()
+        screen.loadROM(ale_py.roms.get_rom_path(rom))
+        options = dict(zip(("img_height", "img_width"), screen.getScreenDims()), grayscale=False, stack_num=1)
+        options |= dict(use_fire_reset=False, reward_clipping=False, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
+        sticky = {"repeat_action_probability": args.repeat_action_probability}
+        self.emulators = AtariVectorEnv(rom, num_envs, **options, **sticky)
+        self.num_actions = int(self.emulators.single_action_space.n)
+        self.launch = np.array([0, 1, 2] if ale_py.Action.FIRE in self.emulators.ale.get_action_set() else [0])
+        self.launching = np.full(num_envs, len(self.launch) - 1)  # how many actions of `launch` are still to come
+        self.images, info = self.emulators.reset(seed=np.arange(seed, seed + num_envs) % 2**31)  # colour, full size
+        self.lives, self.began, self.returns = info["lives"], np.zeros(num_envs, dtype=int), np.zeros(num_envs)
+        self.obs = self.grey()[:, None].repeat(STACK, axis=1)  # what to act on, uint8 (num_envs, 4, 84, 84)
+
+    def grey(self) -> np.ndarray:
+        """uint8 (num_envs, 84, 84): the reference's two calls for one tall picture of all games, which do not mix."""
+        tall = cv2.cvtColor(self.images.reshape(-1, *self.images.shape[-2:]), cv2.COLOR_RGB2GRAY)
+        return cv2.resize(tall, (SIDE, SIDE * len(self.images)), interpolation=cv2.INTER_AREA).reshape(-1, SIDE, SIDE)
+
+    def step_async(self, actions: np.ndarray) -> None:
+        """Begin a step with these actions, int64 (num_envs,), but where a game or life is to be launched."""
+        self.forced = self.launching > 0
+        self.actions = np.where(self.forced, self.launch[-self.launching], actions)  # `launch` from behind
+        self.launching -= self.forced
+        self.emulators.send(self.actions)
+
+    def step_wait(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[tuple[int, float, int]]]:
+        """End it: rewards' signs, terminations, truncations, and (env, raw return, frames) of each finished game."""
+        self.images, rewards, over, truncated, info = self.emulators.recv()
+        ended, lives = over | truncated, info["lives"]
+        life_lost = ~ended & (lives > 0) & (lives < self.lives)
+        self.launching[life_lost], self.launching[ended] = len(self.launch), len(self.launch) - 1
+        began = info["frame_number"] - info["episode_frame_number"]  # the first frame of each game
+        self.returns += rewards
+        finished = [(i, self.returns[i].item(), (began - self.began)[i].item()) for i in np.flatnonzero(ended).tolist()]
+        self.returns[ended], self.began, self.lives = 0, began, lives
+        first = (ended | life_lost | self.forced)[:, None, None, None]
+        frames = self.grey()[:, None]
+        self.obs = np.where(first, frames, np.concatenate([self.obs[:, 1:], frames], axis=1))
+        return np.sign(rewards, dtype=np.float32), over | life_lost, truncated | self.forced, finished
+
+
+def evaluate(policy: Callable, args: Args, episodes: int, epsilon=None, video=None, stop=()) -> list[float]:
+    """Raw returns of `episodes` whole games at epsilon, by default end_e; the first is filmed if `video` is a path.
+
+    Games and random numbers are its own: an evaluation changes nothing in the training around it. How many each of up
+    to ten environments plays is fixed beforehand, so that short games are not preferred.
+    """
+    num_envs, seed = min(episodes, 10), args.seed + 20_000
+    games, key = AtariGames(args, num_envs, seed), jax.random.PRNGKey(seed)
+    left = [len(range(env, episodes, num_envs)) for env in range(num_envs)]
+    returns, actions_of_first = [], []
+    epsilon = jnp.float32(args.end_e if epsilon is None else epsilon)
+    with tqdm(total=episodes, desc="evaluation", unit="game", leave=False) as bar:
+        while any(left):
+            if stop:
+                raise KeyboardInterrupt(stop[0], "stopped")
+            key_of_step = jax.random.fold_in(key, len(actions_of_first))
+            actions = np.asarray(policy(key_of_step, games.obs, epsilon)[0])
+            actions_of_first.append(int(actions[0]))
+            games.step_async(actions)
+            for env, game_return, _ in games.step_wait()[-1]:
+                if left[env] > 0:
+                    left[env] -= 1
+                    returns.append(game_return)
+                    bar.update()
+    if video:
+        film(args, seed, actions_of_first, video)
+    return returns
+
+
+# --- Training ---
+
+
+lerp = jax.jit(optax.incremental_update)
+
+
+class TrainState(train_state.TrainState):
+    """The step, the student's weights and Adam's averages, as Flax keeps them, and the target network's weights."""
+
+    target_params: dict
+
+
+class Learner:
+    """The student, its target network and its optimizer, and the one gradient step of both phases."""
+
+    def __init__(self, args: Args, num_actions: int):
+        self.args, self.network = args, NETWORKS[args.network](num_actions, jnp.bfloat16 if args.amp else jnp.float32)
+        self.key, obs = jax.random.PRNGKey(args.seed), np.zeros((1, STACK, SIDE, SIDE), np.uint8)
+        params, target = (jax.jit(self.network.init)(self.key, obs) for _ in range(2))  # the same weights twice
+        weights = dict(params=params, target_params=target, tx=optax.adam(args.learning_rate, eps=args.adam_eps))
+        self.state = TrainState.create(apply_fn=self.network.apply, **weights).replace(step=jnp.int32(0))
+        self.distill_weight = jnp.float32(0)  # distill_coef times lambda
+        self.metrics: dict[str, jax.Array] = {}  # scalars
+
+    def policy(self, key: jax.Array, obs: np.ndarray, epsilon: jax.Array):
+        return act(self.network, self.state.params, key, obs, epsilon)
+
+    @partial(jax.jit, static_argnums=0, donate_argnums=1)
+    def update(self, state: TrainState, replay: FrameReplay, distill_weight: jax.Array):
+        """All of a gradient step as one XLA program: the state after it, which overwrites `state`, and its metrics."""
+        args, key = self.args, jax.random.fold_in(self.key, state.step)
+        batch = replay.sample(args.batch_size, args.n_step, args.gamma, key)
+        next_q_values = self.network.apply(state.target_params, batch.next_obs)
+
+        def loss_of(params: dict):
+            q_values = self.network.apply(params, batch.obs)
+            loss, td, kl = qdagger_loss(q_values, next_q_values, batch, distill_weight, args.temperature, args.huber)
+            return loss, {"loss": loss, "td_loss": td, "distill_loss": kl, "q_values": q_values.mean()}
+
+        gradient, metrics = jax.grad(loss_of, has_aux=True)(state.params)
+        return state.apply_gradients(grads=gradient), metrics
+
+    def gradient_step(self, replay: FrameReplay) -> None:
+        self.state, self.metrics = self.update(self.state, replay, self.distill_weight)
+
+    def read_metrics(self) -> dict[str, float]:
+        """Those of the last gradient step, fetched from the device; UserError if its loss is not finite."""
+        values = {name: value.item() for name, value in self.metrics.items()}
+        if not math.isfinite(values.get("loss", 0.0)):
+            raise UserError(f"the loss is {values['loss']}: start anew with a smaller --learning-rate")
+        return values
+
+    def update_target(self, tau: float) -> None:
+        target_params = lerp(self.state.params, self.state.target_params, jnp.float32(tau))
+        self.state = self.state.replace(target_params=target_params)
+
+
+@dataclass
+class Progress:
+    """How far a run has come: each phase is a loop that goes on from here."""
+
+    phase: int = 3  # 1 teacher buffer, 2 offline, 3 online
+    step: int = 0  # of this phase: environment steps, in phase 2 gradient steps
+    offset: int = 0  # of the logged step, which counts on from phase 2 to phase 3
+    seconds: float = 0.0  # spent on online steps, evaluations excluded
+    teacher_return: float = 0.0  # mean of its games
+    baseline_return: float = 0.0  # mean of random play's, if that is the baseline
+    distilling: bool = False  # False is for good: the teacher is asked no more, and its stored Q-values go stale
+    recent_returns: list[float] = field(default_factory=list)  # of the last 10 whole online games
+    evaluated: int = 0  # step of this phase's last evaluation
+    scores: list[float] = field(default_factory=list)  # of its games
+
+
+class Run:
+    """runs/RUN: event files, and the state in checkpoint.npz; the one before it stays as checkpoint.previous.npz."""
+
+    def __init__(self, args: Args, facts: dict[str, str], first_step: int):
+        """A new directory, or that of --resume, where what was logged from `first_step` on will be logged again."""
+        self.frequency, self.time, self.cost = args.checkpoint_frequency, time.monotonic(), 0.0
+        name, settings = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}", asdict(args) | facts
+        self.directory = Path(args.resume or f"runs/{name}")
+        self.directory.mkdir(parents=True, exist_ok=args.resume is not None)
+        if args.track:
+            import wandb
+
+            names = {"project": args.wandb_project_name, "entity": args.wandb_entity, "id": self.directory.name}
+            wandb.init(**names, name=names["id"], resume="allow", config=settings, sync_tensorboard=True)
+        self.writer = SummaryWriter(str(self.directory), purge_step=first_step)
+        rows = "\n".join(f"|{name}|{value}|" for name, value in settings.items())
+        self.writer.add_text("hyperparameters", f"|name|value|\n|-|-|\n{rows}", first_step)
+
+    def log(self, step: int, scalars: dict[str, float]) -> None:
+        for tag, value in scalars.items():
+            self.writer.add_scalar(tag, value, step)
+
+    def time_to_save(self, step: int, stride: int) -> bool:
+        """Whether it is, at this step: unless told otherwise, at most 1% of the time goes into it."""
+        if self.frequency is None:
+            return time.monotonic() - self.time > max(600, 100 * self.cost)
+        return step > 0 and due(step - stride, stride, self.frequency)
+
+    def save(self, state: dict) -> None:
+        start, path = time.monotonic(), self.directory / "checkpoint.npz"
+        self.writer.flush()
+        write(state, path, before=path.with_suffix(".previous.npz"))
+        self.time, self.cost = time.monotonic(), time.monotonic() - start
+
+
+def train(args: Args, stop: Sequence[int] = ()) -> Path:
+    """Run all phases, or what --resume has left of them, and return the directory. A signal in `stop` interrupts it."""
+    saved = load_checkpoint(Path(args.resume)) if args.resume else {}
+    validate(args, saved.get("args", {}))
+    if args.upload_model:
+        upload(args)
+    device, num_actions = jax.devices()[0], AtariGames(args, 1, args.seed).num_actions
+    if args.cuda and device.platform == "cpu":
+        long = "; ten million steps take days there, the README's third command minutes" * (args.total_timesteps >= 1e7)
+        print(f"--cuda: no GPU found, running on the CPU{long}")
+    learner, progress, teacher = Learner(args, num_actions), Progress(), None
+    FrameReplay.create(args.buffer_size, args.num_envs, num_actions)  # if there is no room, that is better known now
+    facts = {"device": device.device_kind, "jax": jax.__version__}
+
+    # Phase 0: the teacher is found and measured. A run that is resumed has that behind it.
+    if saved:
+        with user_error(f"--resume {args.resume}: its checkpoint does not fit"):
+            progress, facts, _ = Progress(**saved["progress"]), saved["facts"], saved["replay"]  # of which later
+            params = serialization.msgpack_restore(saved["teacher"].tobytes())
+            teacher = params and network_of(params, num_actions)
+            learner.state = restore(learner.state, serialization.msgpack_restore(saved["learner"].tobytes()))
+    elif args.teacher != "none":
+        path, reason = find_teacher(args)
+        teacher = load_network(path, num_actions, "--teacher")
+        facts |= {"teacher_file": f"{path}, {reason}", "teacher_sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+        print(f"teacher: {facts['teacher_file']}")
+        play_games = partial(evaluate, partial(act, *teacher), args, args.teacher_eval_episodes, stop=stop)
+        progress = Progress(phase=1 if args.offline_steps > 0 else 3, distilling=True)
+        progress.teacher_return = float(np.mean(play_games()))
+        progress.baseline_return = float(np.mean(play_games(epsilon=1.0))) if args.return_baseline == "random" else 0.0
+        print(means := f"teacher: mean return {progress.teacher_return:.2f}, baseline {progress.baseline_return:.2f}")
+        if progress.teacher_return <= progress.baseline_return:
+            raise UserError(f"--teacher {args.teacher}: {means}: take another, or --return-baseline random")
+    run = Run(args, facts, progress.offset + progress.step + 1 if saved and progress.phase > 1 else 0)
+
+    def steps(name: str, total: int, stride: int, tag: str = "", every: int = 0) -> Iterator[tqdm]:
+        """The loop of a phase: a progress bar before each step; in between, evaluations, checkpoints, and the end."""
+        bar = tqdm(total=total, initial=progress.step, desc=name, unit="update" if name == "offline" else "step")
+        while True:
+            at_end, logged = progress.step >= total, progress.offset + progress.step
+            evaluating = tag and (at_end or due(progress.step - stride, stride, every))  # at step 0 too
+            if evaluating and progress.evaluated != progress.step:  # if not done right before the run was resumed
+                video = run.directory / "videos" / f"{logged}.mp4" if args.capture_video else None
+                with suppress(KeyboardInterrupt):  # a checkpoint first
+                    scores = evaluate(learner.policy, args, args.eval_episodes, video=video, stop=stop)
+                    progress.evaluated, progress.scores = progress.step, scores
+                    run.log(logged, {tag: np.mean(scores)})
+            if evaluating or stop or at_end or run.time_to_save(progress.step, stride):
+                learner.read_metrics()  # nothing is kept that has diverged
+                if args.save_model:
+                    path = run.directory / f"{args.exp_name}.cleanrl_model"
+                    write(to_bytes(learner.state.params), path, save=np.ndarray.tofile)
+                state = {"args": asdict(args), "facts": facts, "progress": asdict(progress)}
+                state |= {"learner": to_bytes(learner.state), "teacher": to_bytes(teacher and teacher[1])}
+                run.save(state | {"replay": replay.state_dict()})
+            if stop:
+                raise KeyboardInterrupt(stop[0], f"stopped; go on with: python {sys.argv[0]} --resume {run.directory}")
+            if at_end:
+                return bar.close()
+            yield bar
+            progress.step += stride
+            bar.update(stride)
+
+    # Phase 1: the teacher fills its buffer, unless a file has it.
+    teacher_envs = 8 * args.num_envs  # the more the faster, since its policy never ages
+    key_of_teacher, key_of_student = jax.random.split(jax.random.PRNGKey(args.seed + 1))  # the learner has the seed's
+    if teacher and (progress.phase == 1 or not saved):
+        run.log(0, {"charts/teacher/avg_episodic_return": progress.teacher_return})
+    names = ["env_id", "repeat_action_probability", "num_envs", "teacher_steps", "start_e", "end_e"]
+    made_with = {name: getattr(args, name) for name in names} | {"teacher": facts.get("teacher_sha256")}
+    if progress.phase < 3:
+        replay = FrameReplay.create(args.teacher_steps, teacher_envs, num_actions, saved.pop("replay", None))
+    if progress.phase == 1 and args.teacher_buffer and Path(args.teacher_buffer).exists():
+        replay = load_teacher_buffer(Path(args.teacher_buffer), made_with, replay)
+        progress.phase, progress.step, progress.evaluated = 2, 0, -1
+    if progress.phase == 1:
+        games = AtariGames(args, teacher_envs, args.seed + 10_000 + progress.step)
+        for bar in steps("teacher buffer", args.teacher_steps, teacher_envs):
+            epsilon = jnp.float32(linear_schedule(args.start_e, args.end_e, args.teacher_steps, progress.step))
+            obs = jax.device_put(games.obs)
+            actions, q_values = act(*teacher, jax.random.fold_in(key_of_teacher, progress.step), obs, epsilon)
+            games.step_async(np.asarray(actions))
+            *outcome, finished = games.step_wait()
+            replay = replay.add(obs[:, -1], games.actions, *outcome, q_values)
+            if finished:
+                bar.set_postfix_str(f"return={finished[-1][1]:.1f}, λ=1.00", refresh=False)
+        if args.teacher_buffer:
+            content = {"made_with": made_with, "replay": jax.tree.map(torch.tensor, replay.state_dict())}
+            write(content, Path(args.teacher_buffer), save=torch.save)  # for the sibling as well
+        progress.phase, progress.step, progress.evaluated = 2, 0, -1
+
+    # Phase 2: the student learns from the teacher's buffer alone.
+    if progress.phase == 2:
+        learner.distill_weight = jnp.float32(args.distill_coef)
+        for bar in steps("offline", args.offline_steps, 1, "charts/offline/avg_episodic_return", 100_000):
+            learner.gradient_step(replay)
+            step = progress.step + 1
+            if step % args.target_network_frequency == 0:
+                learner.update_target(args.tau)
+            if step % 100 == 0:
+                losses = {name.replace("td_", "q_"): value for name, value in learner.read_metrics().items()}
+                run.log(step, {f"charts/offline/{name}": value for name, value in losses.items() if "loss" in name})
+                bar.set_postfix_str(f"return={np.mean(progress.scores):.1f}, λ=1.00", refresh=False)
+        learner.update_target(tau=1.0)
+        progress.phase, progress.step, progress.evaluated, progress.offset = 3, 0, 0, args.offline_steps
+        del replay  # room for the student's own
+
+    # Phase 3: the student plays on by itself, and the teacher fades.
+    replay = FrameReplay.create(args.buffer_size, args.num_envs, num_actions, saved.pop("replay", None))
+    learner.metrics, coefficient, exploration_steps = {}, 0.0, args.exploration_fraction * args.total_timesteps
+    learning_starts = max(args.learning_starts, (args.n_step + STACK) * args.num_envs)
+    games = AtariGames(args, args.num_envs, args.seed + progress.step)
+    for bar in steps("online", args.total_timesteps, args.num_envs, "eval/episodic_return", args.eval_frequency):
+        start, begin, global_step = time.perf_counter(), progress.step, progress.offset + progress.step
+        epsilon = linear_schedule(args.start_e, args.end_e, exploration_steps, global_step)
+        if progress.distilling:
+            returns = progress.recent_returns, progress.teacher_return, progress.baseline_return
+            coefficient = distill_coefficient(*returns, begin, args.distill_steps)
+            learner.distill_weight = jnp.float32(args.distill_coef * coefficient)
+            over = args.distill_latch or (args.distill_steps is not None and begin >= args.distill_steps)
+            progress.distilling = coefficient > 0 or not over
+        obs = jax.device_put(games.obs)
+        actions, _ = learner.policy(jax.random.fold_in(key_of_student, begin), obs, jnp.float32(epsilon))
+        games.step_async(np.asarray(actions))  # they play on while the student learns
+        for step in range(begin + 1, begin + args.num_envs + 1):
+            if step > learning_starts and step % args.train_frequency == 0:
+                learner.gradient_step(replay)
+            if step % args.target_network_frequency == 0:
+                learner.update_target(args.tau)
+        teacher_q_values = act(*teacher, learner.key, obs, 0.0)[1] if progress.distilling else None
+        *outcome, finished = games.step_wait()
+        replay = replay.add(obs[:, -1], games.actions, *outcome, teacher_q_values)
+        progress.seconds += time.perf_counter() - start
+        global_step += args.num_envs
+        for _, game_return, length in finished:
+            run.log(global_step, {"charts/episodic_return": game_return, "charts/episodic_length": length})
+            progress.recent_returns = [*progress.recent_returns[-9:], game_return]
+        if due(begin, args.num_envs, 100):
+            losses, speed = learner.read_metrics(), (begin + args.num_envs) / progress.seconds
+            if not progress.distilling:
+                losses.pop("distill_loss", None)  # there is no teacher to differ from
+            run.log(global_step, {f"losses/{name}": value for name, value in losses.items()})
+            run.log(global_step, {"charts/epsilon": epsilon, "charts/distill_coeff": coefficient, "charts/SPS": speed})
+            mean = np.mean(progress.recent_returns or math.nan)
+            bar.set_postfix_str(f"return={mean:.1f}, λ={coefficient:.2f}", refresh=False)
+    run.writer.close()
+    score = f"{np.mean(progress.scores):.2f} ± {np.std(progress.scores):.2f}"
+    print(f"{run.directory}: {score} over {len(progress.scores)} games")
+    if args.upload_model:
+        upload(args, run.directory, score)
+    return run.directory
+
+
+# --- Models, checkpoints, publishing, flags: from here on nothing changes the method ---
+
+
+def shapes_of(network: nn.Module) -> dict:
+    """Its parameters, without values."""
+    return jax.eval_shape(network.init, jax.random.PRNGKey(0), jnp.zeros((1, STACK, SIDE, SIDE), jnp.uint8))
+
+
+def to_bytes(tree) -> np.ndarray:
+    """uint8 (bytes,): arrays and their names as Flax writes them, in msgpack."""
+    return np.frombuffer(serialization.to_bytes(tree), dtype=np.uint8)
+
+
+def restore(tree, state: dict):
+    """`tree` with the arrays of `state`; ValueError if it has others, or of other shapes."""
+    restored = jax.tree.map(jnp.asarray, serialization.from_state_dict(tree, state))
+    if any(a.shape != b.shape for a, b in zip(jax.tree.leaves(restored), jax.tree.leaves(tree))):
+        raise ValueError("arrays of another shape")
+    return restored
+
+
+def network_of(params: dict, num_actions: int) -> tuple[nn.Module, dict]:
+    """The network that these are the weights of; ValueError if none of NETWORKS has such."""
+    for kind in NETWORKS.values():
+        network = kind(num_actions)
+        with suppress(ValueError):  # other names or shapes
+            return network, restore(shapes_of(network), params)
+    raise ValueError(f"no weights of a Nature CNN or Impala-CNN for the {num_actions} actions of --env-id")
+
+
+def from_torch(state: dict[str, torch.Tensor], num_actions: int) -> dict:
+    """The same weights in Flax's names and order: channels come last, in the image that is flattened, too."""
+    kind = QNetwork if any("res_block" in name for name in state) else TeacherNetwork
+    names = flatten_dict(shapes_of(kind(num_actions)))
+    layers, arrays = sorted({name[:-1] for name in names}), [tensor.float().numpy() for tensor in state.values()]
+    params, channels = {}, 0
+    for layer, weight, bias in zip(layers, arrays[::2], arrays[1::2], strict=True):  # both in the order of their layers
+        if weight.ndim == 4:
+            channels, kernel = len(weight), weight.transpose(2, 3, 1, 0)
+        elif layer[-1] == "Dense_0":
+            side = math.isqrt(weight.shape[1] // channels)
+            kernel = weight.reshape(-1, channels, side, side).transpose(2, 3, 1, 0).reshape(-1, len(weight))
+        else:
+            kernel = weight.T
+        params |= {(*layer, "kernel"): kernel, (*layer, "bias"): bias}
+    return unflatten_dict(params)
+
+
+def load_network(path: Path, num_actions: int, flag: str) -> tuple[nn.Module, dict]:
+    """Network and weights in a Flax model, a PyTorch one or a Stable-Baselines3 DQN zip; no file can run code."""
+    with user_error(f"{flag} {path}: cannot be read"):
+        if not zipfile.is_zipfile(path):
+            return network_of(serialization.msgpack_restore(path.read_bytes()), num_actions)
+        file = path
+        if "policy.pth" in zipfile.ZipFile(path).namelist():  # torch writes zips as well
+            file = io.BytesIO(zipfile.ZipFile(path).read("policy.pth"))
+        state = torch.load(file, map_location="cpu", weights_only=True)
+        of_sb3 = {name: tensor for name, tensor in state.items() if name.startswith("q_net.")}
+        return network_of(from_torch(of_sb3 or state, num_actions), num_actions)
+
+
+def find_teacher(args: Args) -> tuple[Path, str]:
+    """The teacher's file, and why that one: the path given, the hub's, or, out of its reach, its cache's or ours."""
+    if args.teacher != "auto":
+        return Path(args.teacher), "as given"
+    from huggingface_hub import errors, get_hf_file_metadata, hf_hub_download, hf_hub_url
+
+    repo = args.teacher_policy_hf_repo or f"cleanrl/{args.env_id}-{args.teacher_model_exp_name}-seed1"
+    name = repo.split("/")[-1]
+    file = f"{name}.zip" if name.startswith("dqn-") else f"{args.teacher_model_exp_name}.cleanrl_model"
+    with user_error(f"--teacher-policy-hf-repo {repo}: no {file} from there"):
+        try:  # once and not for long: hf_hub_download itself tries again for half a minute and more
+            ThreadPoolExecutor(1).submit(get_hf_file_metadata, hf_hub_url(repo, file), timeout=5).result(timeout=8)
+            return Path(hf_hub_download(repo, file)), f"from the hub, {repo}"
+        except errors.HfHubHTTPError:  # the bundled teacher is no stand-in for a wrong name
+            raise
+        except Exception:
+            with suppress(errors.LocalEntryNotFoundError):
+                return Path(hf_hub_download(repo, file, local_files_only=True)), f"from the cache of the hub, {repo}"
+    bundled = Path(__file__).parent / "teachers" / f"{args.env_id}.cleanrl_model"
+    if repo != f"cleanrl/{args.env_id}-{Args.teacher_model_exp_name}-seed1" or not bundled.exists():
+        raise UserError(f"--teacher auto: the hub is out of reach and {repo} not in its cache; give a PATH")
+    return bundled, "bundled: the hub is out of reach"
+
+
+def load_teacher_buffer(path: Path, made_with: dict, replay: FrameReplay) -> FrameReplay:
+    """`replay` filled from --teacher-buffer; UserError if the file is damaged or was made with other settings."""
+    with user_error(f"--teacher-buffer {path}: not a teacher's buffer of this version"):
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        differing = [name for name, value in made_with.items() if content["made_with"][name] != value]
+        if differing:
+            raise UserError(f"--teacher-buffer {path}: made with another {differing[0]}; name another file")
+        return replay.load_state_dict(jax.tree.map(np.asarray, content["replay"]))
+
+
+def save_arrays(content: dict, file: io.BufferedWriter) -> None:
+    """np.savez: arrays under their paths in `content`, a nested dict, and all other values as JSON."""
+    flat = flatten_dict(content | {"replay": serialization.to_state_dict(content["replay"])}, sep="/")
+    arrays = {name: value for name, value in flat.items() if isinstance(value, np.ndarray)}
+    plain = {name: value for name, value in flat.items() if name not in arrays}
+    np.savez(file, plain=np.array(json.dumps(plain)), **arrays)
+
+
+def write(content, path: Path, before: Path | None = None, save: Callable = save_arrays) -> None:
+    """`save` beside `path`, to the disk, then rename: never half a file. What was there is kept as `before`."""
+    part = path.with_name(path.name + ".part")
+    with user_error(f"cannot write {path}; once it can be written, --resume"):
+        with part.open("wb") as file:
+            save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        if before and path.exists():
+            path.replace(before)
+        part.replace(path)
+
+
+def load_checkpoint(run_dir: Path) -> dict:
+    """The newest whole state of a run: arrays and plain values, never code. UserError if there is none."""
+    for path in (run_dir / "checkpoint.npz", run_dir / "checkpoint.previous.npz"):
+        try:
+            with np.load(path) as file:
+                arrays = {name: file[name] for name in file}
+            return unflatten_dict(arrays | json.loads(str(arrays.pop("plain"))), sep="/")
+        except Exception as error:
+            print(f"--resume: {path} cannot be read: {type(error).__name__}")
+    raise UserError(f"--resume {run_dir}: no checkpoint of this version in it")
+
+
+def film(args: Args, seed: int, actions: list[int], path: Path) -> None:
+    """Play the first game of this seed and these actions again, and write what is seen, in colour (extra `video`)."""
+    from moviepy.video.io.ffmpeg_writer import FFMPEG_VideoWriter
+
+    games = AtariGames(args, 1, seed)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FFMPEG_VideoWriter(str(path), games.images.shape[-2:-4:-1], fps=15) as video:
+        for action in actions:
+            video.write_frame(games.images[0, 0])
+            games.step_async(np.array([action]))
+            if games.step_wait()[-1]:
+                break
+
+
+def upload(args: Args, run_dir: Path | None = None, score: str = "") -> None:
+    """Make the hub's repository for the model, which only works if one may; in the end, publish the run there."""
+    from huggingface_hub import EvalResult, HfApi, ModelCardData
+
+    name, task = f"{args.env_id}-{args.exp_name}-seed{args.seed}", "reinforcement-learning"
+    with user_error("--upload-model: no way to write there; `hf auth login` first, or another --hf-entity"):
+        repo = HfApi().create_repo(f"{args.hf_entity}/{name}".removeprefix("/"), exist_ok=True).repo_id
+        if run_dir:
+            result = EvalResult(task, args.env_id, args.env_id, metric_type="mean_reward", metric_value=score)
+            card = ModelCardData(model_name=name, tags=[args.env_id, task], pipeline_tag=task, eval_results=[result])
+            (run_dir / "README.md").write_bytes(f"---\n{card}\n---\n# QDagger on {args.env_id}: {score}\n".encode())
+            HfApi().upload_folder(repo_id=repo, folder_path=run_dir, ignore_patterns="checkpoint*")
+
+
+def validate(args: Args, before: dict) -> None:
+    """UserError for the first flag that cannot work, or that is not as `before` in the run to be resumed."""
+    free = "resume total_timesteps checkpoint_frequency eval_frequency eval_episodes evaluate teacher_buffer track "
+    free += "wandb_project_name wandb_entity capture_video save_model upload_model hf_entity capture compile"
+    positive = "num_envs buffer_size batch_size n_step train_frequency target_network_frequency learning_rate "
+    positive += "adam_eps temperature teacher_eval_episodes eval_episodes"
+    shares = "gamma tau start_e end_e exploration_fraction repeat_action_probability"
+    games = [env_id for env_id in gym.registry if env_id.endswith("NoFrameskip-v4")]
+    numbers = {flag: value for flag, value in asdict(args).items() if isinstance(value, int | float)}
+    least = (args.n_step + STACK) * args.num_envs  # that a replay needs to be drawn from
+    changed = [flag for flag in before if flag not in free.split() and getattr(args, flag) != before[flag]]
+    rules = [
+        ("env_id", args.env_id in games, f"not one of ale-py's {len(games)} games, such as PongNoFrameskip-v4"),
+        *((flag, 0 <= number < math.inf, "must not be negative or infinite") for flag, number in numbers.items()),
+        *((flag, numbers[flag] > 0, "must be above 0") for flag in positive.split()),
+        *((flag, numbers[flag] <= 1, "must lie between 0 and 1") for flag in shares.split()),
+        ("buffer_size", args.buffer_size >= least, f"too few: {least} or more"),
+        ("teacher_steps", args.teacher == "none" or args.teacher_steps >= 8 * least, f"too few: {8 * least} or more"),
+        ("teacher_buffer", os.access(Path(args.teacher_buffer or "_").absolute().parent, os.W_OK), "not writable"),
+        ("upload_model", args.save_model or not args.upload_model, "there is nothing to upload without --save-model"),
+        ("capture_video", not args.capture_video or importlib.util.find_spec("moviepy"), "pip install moviepy"),
+        ("track", not args.track or importlib.util.find_spec("wandb"), "pip install wandb"),
+        *((flag, False, f"the run to be resumed has {before[flag]}; leave out --resume") for flag in changed),
+    ]
+    for flag, holds, rule in rules:
+        if not holds:
+            raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: {rule}")
+
+
+def play(args: Args, stop: Sequence[int]) -> None:
+    """--evaluate: print the score of every game of a saved model, and their mean and standard deviation."""
+    validate(args, {})
+    path = Path(args.evaluate)
+    network = load_network(path, AtariGames(args, 1, args.seed).num_actions, "--evaluate")
+    video = path.parent / "videos" / "evaluation.mp4" if args.capture_video else None
+    returns = evaluate(partial(act, *network), args, args.eval_episodes, video=video, stop=stop)
+    print(*(f"game {game}: {game_return:g}" for game, game_return in enumerate(returns, 1)), sep="\n")
+    print(f"{np.mean(returns):.2f} ± {np.std(returns):.2f} over {len(returns)} games of {args.env_id}")
+
+
+def main() -> None:
+    args, stop = tyro.cli(Args, description=__doc__), []
+
+    def handle(number: int, _) -> None:
+        stop.append(number)
+        signal.signal(number, signal.SIG_DFL)
+        os.write(2, b"\nstopping; the same signal again quits at once\n")  # print may be in the middle of a line
+
+    for name in {"SIGINT", "SIGTERM", "SIGUSR1"} & set(dir(signal)):  # the last is Slurm's warning, not on Windows
+        signal.signal(getattr(signal, name), handle)
+    try:
+        if args.resume:  # what is not said again is as it was
+            with user_error(f"--resume {args.resume}: its flags are those of another version"):
+                before = Args(**load_checkpoint(Path(args.resume))["args"] | {"resume": args.resume, "evaluate": None})
+            args = tyro.cli(Args, description=__doc__, default=before)
+        if not args.cuda:
+            jax.config.update("jax_platforms", "cpu")
+        play(args, stop) if args.evaluate else train(args, stop)
+    except (UserError, OSError, jax.errors.JaxRuntimeError) as error:
+        tqdm.write(f"error: {error}", file=sys.stderr)  # above a progress bar
+        sys.exit(2)
+    except KeyboardInterrupt as stopped:
+        tqdm.write(stopped.args[1], file=sys.stderr)
+        sys.exit(128 + stopped.args[0])
+
+
+if __name__ == "__main__":
+    main()

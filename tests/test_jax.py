@@ -1,0 +1,441 @@
+"""The JAX program beside its sibling in PyTorch: the same text, numbers, files and runs."""
+
+import ast
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from dataclasses import fields
+from functools import partial
+from operator import itemgetter
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import pytest
+import torch
+from conftest import PROGRAM, Malicious, points, saved
+
+jax = pytest.importorskip("jax", reason="the extra `jax` is not installed, or Python is older than 3.11")
+
+import flax.linen as nn  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+import test_replay  # noqa: E402
+from flax import serialization  # noqa: E402
+from flax.traverse_util import flatten_dict, unflatten_dict  # noqa: E402
+from test_train import Clockwork  # noqa: E402
+
+import qdagger_dqn_atari_impalacnn as sibling  # noqa: E402
+import qdagger_dqn_atari_jax_impalacnn as qdagger  # noqa: E402
+from qdagger_dqn_atari_jax_impalacnn import NETWORKS, Args, Batch, FrameReplay, Learner, load_network  # noqa: E402
+
+# What was compiled once serves all runs, those in other processes too.
+CACHE = TemporaryDirectory()
+os.environ |= {"JAX_COMPILATION_CACHE_DIR": CACHE.name, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+jax.config.update("jax_compilation_cache_dir", CACHE.name)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+TEACHERS = PROGRAM.parent / "teachers"
+OBS = torch.randint(256, (5, 4, 84, 84), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+SAME = "UserError user_error distill_coefficient linear_schedule due AtariGames Progress film find_teacher upload "
+SAME += "validate Learner.read_metrics Run.__init__ Run.log Run.time_to_save"
+
+
+def definitions(program) -> dict[str, str]:
+    """The text of each function and class, and of each method."""
+    text, found = Path(program.__file__).read_text(), {}
+    for node in ast.parse(text).body:
+        for each in [node, *(node.body if isinstance(node, ast.ClassDef) else [])]:
+            if isinstance(each, ast.FunctionDef | ast.ClassDef):
+                name = each.name if each is node else f"{node.name}.{each.name}"
+                found[name] = ast.get_source_segment(text, each)
+    return found
+
+
+def test_what_knows_no_framework_is_the_same_text_in_both():
+    """So that a mend in one cannot be forgotten in the other; flags too, but for those of PyTorch's alone."""
+    ours, theirs = definitions(qdagger), definitions(sibling)
+    for name in SAME.split():
+        assert ours[name] == theirs[name], name
+    flags, of_sibling = ({field.name: field.default for field in fields(each.Args)} for each in (qdagger, sibling))
+    assert flags | {"torch_deterministic": True, "capture": True, "compile": False} == of_sibling | {
+        "amp": False,
+        "exp_name": Path(qdagger.__file__).stem,
+        "teacher_model_exp_name": "dqn_atari_jax",
+    }
+
+
+def test_without_jax_a_line_says_what_to_install():
+    script = "import runpy, sys; sys.modules['flax'] = None; runpy.run_path(sys.argv[1])"
+    done = subprocess.run([sys.executable, "-c", script, qdagger.__file__], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and '".[jax]"' in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def pair(name: str, num_actions: int = 4, **settings):
+    """A learner of each program with the same weights, those of PyTorch's."""
+    settings = dict(network=name, amp=False, batch_size=8, adam_eps=1.5e-4) | settings
+    theirs = sibling.Learner(sibling.Args(**settings), num_actions, torch.device("cpu"))
+    ours = Learner(Args(**settings), num_actions)
+    params = qdagger.restore(ours.state.params, qdagger.from_torch(theirs.q_network.state_dict(), num_actions))
+    ours.state = ours.state.replace(params=params, target_params=jax.tree.map(jnp.copy, params))
+    return ours, theirs
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("num_actions", [4, 18])
+def test_a_network_of_one_is_converted_the_same_in_the_other(name, num_actions):
+    """Q-values to 1e-4, on images without symmetry, of both networks; in bfloat16 about the same."""
+    ours, theirs = pair(name, num_actions)
+    with torch.no_grad():
+        expected = theirs.q_network(OBS).numpy()
+    q_values = ours.network.apply(ours.state.params, OBS.numpy())
+    assert q_values.dtype == jnp.float32 and np.std(expected, axis=1).min() > 0
+    np.testing.assert_allclose(q_values, expected, atol=1e-4, rtol=0)
+    assert np.abs(ours.network.apply(ours.state.params, OBS.flip(1).numpy()) - expected).max() > 1e-3
+    coarse = NETWORKS[name](num_actions, jnp.bfloat16).apply(ours.state.params, OBS.numpy())
+    assert coarse.dtype == jnp.float32 and 0 < np.abs(coarse - expected).max() < 0.03 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("huber", [False, True])
+def test_a_batch_gives_both_the_same_loss_gradient_and_weights(name, huber, monkeypatch):
+    """Terms to 1e-5, gradients to 1e-4 of their size, then Adam's steps and a target that follows."""
+    ours, theirs = pair(name, huber=huber, n_step=1)
+    rng = np.random.default_rng(0)
+    images = [torch.tensor(rng.integers(256, size=(8, 4, 84, 84), dtype=np.uint8)) for _ in range(2)]
+    numbers = [torch.tensor(rng.normal(size=shape), dtype=torch.float32) for shape in ((8,), (8, 4))]
+    actions, discounts = torch.tensor(rng.integers(4, size=8)), torch.tensor([0.9, 0.0] * 4)
+    batch = sibling.Batch(images[0], actions, numbers[0], discounts, images[1], numbers[1])
+    ours_batch = Batch(*(jnp.asarray(part.numpy()) for part in batch))
+    monkeypatch.setattr(sibling.FrameReplay, "sample", lambda *_: batch)
+    monkeypatch.setattr(FrameReplay, "sample", lambda *_: ours_batch)
+    replays = FrameReplay.create(40, 1, 4), sibling.FrameReplay(40, 1, 4)
+    theirs.distill_weight.fill_(1.5)
+    ours.distill_weight = jnp.float32(1.5)
+    for updates in range(1, 4):
+        before = jax.tree.map(np.asarray, ours.state.params)
+        ours.gradient_step(replays[0])
+        theirs.gradient_step(replays[1])
+        metrics, expected = ours.read_metrics(), theirs.read_metrics()
+        assert metrics == pytest.approx(expected, rel=1e-4 if updates > 1 else 1e-5, abs=1e-5)
+        if updates == 1:
+            gradient = {name: weight.grad for name, weight in theirs.q_network.named_parameters()}
+            gradient = flatten_dict(qdagger.from_torch(gradient, 4), sep="/")
+            moment = flatten_dict(ours.state.opt_state[0].mu, sep="/")  # a tenth of the first gradient
+            for path, values in gradient.items():
+                np.testing.assert_allclose(10 * moment[path], values, atol=1e-4 * np.abs(values).max(), rtol=0)
+        moved = flatten_dict(jax.tree.map(lambda new, old: np.abs(new - old).max(), ours.state.params, before), sep="/")
+        assert min(moved.values()) > 0
+    ours.update_target(0.5), theirs.update_target(0.5)
+    for tree, network in ((ours.state.params, theirs.q_network), (ours.state.target_params, theirs.target_network)):
+        for path, values in flatten_dict(qdagger.from_torch(network.state_dict(), 4), sep="/").items():
+            np.testing.assert_allclose(flatten_dict(tree, sep="/")[path], values, atol=2e-5, rtol=0)
+    assert int(ours.state.step) == 3
+
+
+class Replay:
+    """FrameReplay by the interface that its sibling has: tensors, changed in place, drawn from by a generator."""
+
+    BLOCK = FrameReplay.BLOCK
+    draw = staticmethod(jax.jit(FrameReplay.sample, static_argnums=(1, 2, 3)))
+
+    def __init__(self, capacity: int, num_envs: int, num_actions: int, state: dict | None = None):
+        self.replay, self.draws = FrameReplay.create(capacity, num_envs, num_actions, state), 0
+
+    def add(self, *row) -> None:
+        self.replay = self.replay.add(*map(np.asarray, row))
+
+    def sample(self, batch_size: int, n_step: int, gamma: float, _) -> sibling.Batch:
+        self.draws += 1
+        batch = self.draw(self.replay, batch_size, n_step, gamma, jax.random.PRNGKey(self.draws))
+        return sibling.Batch(*(torch.tensor(np.asarray(part)) for part in batch))
+
+    def state_dict(self) -> dict:
+        return self.replay.state_dict()
+
+
+@pytest.mark.parametrize("examples", [8, pytest.param(300, marks=pytest.mark.long)])
+def test_samples_are_what_the_same_naive_store_holds(examples, monkeypatch):
+    """Any number of games, room, n and ends, around the ring; saved, loaded, played on."""
+    monkeypatch.setattr(test_replay, "FrameReplay", Replay)
+    monkeypatch.setattr(FrameReplay, "BLOCK", 7)
+    test_replay.test_samples_of_any_history_are_what_a_naive_store_holds(examples, monkeypatch)
+
+
+def test_a_row_is_written_in_place():
+    """What `add` is given is overwritten, not copied: a million frames would take seconds."""
+    replay = FrameReplay.create(64, 4, 2)
+    pointer = replay.frames.unsafe_buffer_pointer()
+    row = [np.zeros(4), np.zeros(4), np.zeros(4, bool), np.zeros(4, bool), np.zeros((4, 2))]
+    after = replay.add(np.ones((4, 84, 84), np.uint8), *row)
+    assert after.frames.unsafe_buffer_pointer() == pointer and replay.frames.is_deleted()
+    assert int(after.written) == 1 and int(after.frames.sum()) == 4 * 84 * 84
+
+
+def test_a_teachers_buffer_serves_both_programs(tmp_path):
+    """Written by either, read by the other: the same content."""
+    replay, rng = FrameReplay.create(24, 4, 3), np.random.default_rng(0)
+    for _ in range(5):
+        frames = rng.integers(256, size=(4, 84, 84), dtype=np.uint8)
+        ends = rng.random((2, 4)) < 0.3
+        replay = replay.add(frames, rng.integers(3, size=4), rng.normal(size=4), *ends, rng.normal(size=(4, 3)))
+    made_with = {"num_envs": 1}
+    content = {"made_with": made_with, "replay": jax.tree.map(torch.tensor, replay.state_dict())}
+    qdagger.write(content, tmp_path / "ours", save=torch.save)
+    theirs = sibling.FrameReplay(24, 4, 3)
+    sibling.load_teacher_buffer(tmp_path / "ours", made_with, theirs)
+    sibling.write({"made_with": made_with, "replay": theirs.state_dict()}, tmp_path / "theirs")
+    back = qdagger.load_teacher_buffer(tmp_path / "theirs", made_with, FrameReplay.create(24, 4, 3))
+    for name in ("frames", *FrameReplay.FIELDS):
+        stored, expected = (np.asarray(getattr(each, name))[:20] for each in (back, replay))
+        if name == "truncations":
+            expected = np.append(expected[:16], [True] * 4)
+        assert (stored == expected).all() and (getattr(theirs, name)[:20].numpy() == expected).all(), name
+
+
+class FlaxTeacher(nn.Module):
+    """The Nature CNN as a Flax user writes it, whose files the hub has."""
+
+    num_actions: int
+
+    @nn.compact
+    def __call__(self, x):
+        x = jnp.transpose(x, (0, 2, 3, 1)) / 255.0
+        for channels, size, stride in ((32, 8, 4), (64, 4, 2), (64, 3, 1)):
+            x = nn.relu(nn.Conv(channels, kernel_size=(size, size), strides=(stride, stride), padding="VALID")(x))
+        x = nn.relu(nn.Dense(512)(x.reshape((x.shape[0], -1))))
+        return nn.Dense(self.num_actions)(x)
+
+
+def test_flax_models_of_others_and_of_ours_are_read(tmp_path):
+    theirs = FlaxTeacher(6)
+    params = theirs.init(jax.random.PRNGKey(3), OBS.numpy())
+    (tmp_path / "teacher").write_bytes(serialization.to_bytes(params))
+    network, loaded = load_network(tmp_path / "teacher", 6, "--teacher")
+    np.testing.assert_allclose(network.apply(loaded, OBS.numpy()), theirs.apply(params, OBS.numpy()), atol=1e-6)
+    student = Learner(Args(), 6)
+    (tmp_path / "student").write_bytes(serialization.to_bytes(student.state.params))
+    network, loaded = load_network(tmp_path / "student", 6, "--teacher")
+    assert type(network) is NETWORKS["impala"]
+    expected = student.network.apply(student.state.params, OBS.numpy())
+    assert (np.asarray(network.apply(loaded, OBS.numpy())) == np.asarray(expected)).all()
+
+
+@pytest.mark.parametrize("game, num_actions", [("Breakout", 4), ("Pong", 6), ("BeamRider", 9)])
+def test_bundled_teachers_are_the_same_in_both(game, num_actions):
+    path = TEACHERS / f"{game}NoFrameskip-v4.cleanrl_model"
+    network, params = load_network(path, num_actions, "--teacher")
+    expected = sibling.load_network(path, num_actions, "--teacher")(OBS)
+    np.testing.assert_allclose(network.apply(params, OBS.numpy()), expected, atol=1e-4, rtol=1e-5)
+
+
+def test_a_model_that_is_none_is_refused_in_a_line_and_runs_nothing(tmp_path):
+    victim = tmp_path / "victim"
+    params = jax.tree.map(np.asarray, FlaxTeacher(4).init(jax.random.PRNGKey(0), OBS.numpy()))
+    whole = serialization.to_bytes(params)
+    bad = {"cut": whole[:-9], "empty": b"", "noise": bytes(range(256)), "code": saved(Malicious(victim))}
+    bad |= {
+        "pickle": b"\x80" + saved(Malicious(victim)),
+        "another game": serialization.to_bytes(FlaxTeacher(6).init(jax.random.PRNGKey(0), OBS.numpy())),
+        "no layers": serialization.to_bytes({"params": {}}),
+    }
+    bad |= {"torch": saved({name: torch.zeros(3) for name in "abcd"})}
+    for name, content in bad.items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(qdagger.UserError, match=f"--teacher {tmp_path / name}: "):
+            load_network(tmp_path / name, 4, "--teacher")
+    assert not victim.exists() and os.listdir(tmp_path)
+
+
+class Tiny(qdagger.AtariNetwork):
+    """In place of the Nature CNN: a few thousand weights."""
+
+    hidden = 32
+
+    def features(self, x):
+        return nn.relu(nn.Conv(4, (12, 12), 12, padding="VALID")(x))
+
+
+SMALL = dict(teacher_steps=512, offline_steps=20, total_timesteps=320, learning_starts=160, buffer_size=240, num_envs=8)
+SMALL |= dict(network="nature", batch_size=4, target_network_frequency=40, teacher_eval_episodes=1, eval_episodes=1)
+SMALL |= dict(eval_frequency=100, train_frequency=8, save_model=True, checkpoint_frequency=0)
+
+
+@pytest.fixture
+def go(monkeypatch, tmp_path, tmp_path_factory):
+    """go(run, at, kill, games, **changes): train, on Clockwork unless told otherwise, or resume `run`; the directory.
+
+    At the `at`-th event (a row of games, an update, a checkpoint) a signal comes, or all ends at once.
+    """
+    events, stop, plan = [], [], {}
+    monkeypatch.setitem(NETWORKS, "nature", Tiny)
+    params = Tiny(4).init(jax.random.PRNGKey(0), OBS.numpy())
+    params["params"]["Dense_1"]["bias"] = params["params"]["Dense_1"]["bias"].at[1].set(5.0)
+    (tmp_path / "teacher").write_bytes(serialization.to_bytes(params))
+
+    def spy(owner, name):
+        method = getattr(owner, name)
+
+        def spied(*args):
+            events.append(name)
+            if len(events) == plan["at"]:
+                stop.append(signal.SIGTERM)
+                if plan["kill"]:
+                    raise SystemExit
+            return method(*args)
+
+        monkeypatch.setattr(owner, name, spied)
+
+    for owner, name in ((Clockwork, "step_wait"), (Learner, "gradient_step"), (qdagger.Run, "save")):
+        spy(owner, name)
+
+    def go(run=None, at=-1, kill=False, games=Clockwork, **changes) -> Path:
+        if not run:
+            monkeypatch.chdir(tmp_path_factory.mktemp("run"))
+        monkeypatch.setattr(qdagger, "AtariGames", games)
+        events.clear(), stop.clear(), plan.update(at=at, kill=kill)
+        before = SMALL | {"teacher": str(tmp_path / "teacher")}
+        before = qdagger.load_checkpoint(run)["args"] | {"resume": str(run)} if run else before
+        with suppress(KeyboardInterrupt, SystemExit):
+            qdagger.train(Args(**before | changes), stop)
+        return run or next(Path("runs").absolute().glob("*"))
+
+    go.events = events
+    return go
+
+
+def state(run: Path) -> dict:
+    """The last checkpoint, but for what may differ."""
+    content = flatten_dict(qdagger.load_checkpoint(run), sep="/")
+    return {name: value for name, value in content.items() if not name.startswith(("args/", "progress/seconds"))}
+
+
+def test_a_run_stopped_or_killed_goes_on_as_if_nothing_had_happened(go):
+    """In games, updates and evaluations; offline, and where no games are cut off, bit for bit; the same seed twice."""
+    whole, exact = go(), 0
+    count, updates = len(go.events), go.events.count("gradient_step")
+    assert updates == 40 and state(whole)["progress/step"] == 320
+    for nth, at in enumerate(range(12, count, 24)):
+        for kill in [nth % 2 > 0]:
+            run = go(at=at, kill=kill, checkpoint_frequency=8)
+            stopped = qdagger.load_checkpoint(run)
+            assert go(run) == run and state(run)["progress/step"] == 320, at
+            assert {tag: [step for step, _ in logged] for tag, logged in points(run).items()} == {
+                tag: [step for step, _ in logged] for tag, logged in points(whole).items()
+            }
+            replay, phase = stopped["replay"], stopped["progress"]["phase"]
+            envs, rows = (64, 8) if phase == 1 else (8, 30)
+            last = (int(replay["written"]) - 1) % rows * envs
+            if phase == 2 or replay["truncations"][last : last + envs].all():
+                ours, theirs = state(run), state(whole)
+                assert ours.keys() == theirs.keys() and points(run) == points(whole)
+                assert all(np.array_equal(ours[name], theirs[name]) for name in ours), at
+                exact += 1
+    assert exact >= 3
+    content = qdagger.load_checkpoint(whole)
+    learner = qdagger.restore(
+        Learner(Args(**content["args"]), 4).state, qdagger.serialization.msgpack_restore(content["learner"].tobytes())
+    )
+    model = load_network(next(whole.glob("*.cleanrl_model")), 4, "--evaluate")[1]
+    assert jax.tree.all(jax.tree.map(lambda a, b: (a == b).all(), model, learner.params))
+
+
+def test_three_phases_on_real_games_log_every_tag_along_its_own_axis(go):
+    run = go(games=qdagger.AtariGames, offline_steps=100, total_timesteps=400, eval_frequency=0)
+    logged = points(run)
+    tags = {"charts/teacher/avg_episodic_return": [0], "charts/offline/avg_episodic_return": [0, 100]}
+    tags |= {f"charts/offline/{name}": [100] for name in ("loss", "q_loss", "distill_loss")}
+    tags |= {f"charts/{name}": [204, 300, 404, 500] for name in ("epsilon", "distill_coeff")}
+    tags |= {f"losses/{name}": [300, 404, 500] for name in ("loss", "td_loss", "distill_loss", "q_values")}
+    tags |= {"eval/episodic_return": [500]}
+    steps = {tag: [step for step, _ in values] for tag, values in logged.items() if "episodic_length" not in tag}
+    assert {tag: steps[tag] for tag in tags} == tags and steps.keys() - tags.keys() <= {"charts/episodic_return"}
+    for loss, td, kl in zip(
+        *([v for _, v in logged[f"losses/{name}"]] for name in ("loss", "td_loss", "distill_loss"))
+    ):
+        assert loss == pytest.approx(td + 3 * kl, rel=1e-4) and kl > 0
+
+
+def test_without_a_teacher_it_is_plain_dqn(go):
+    logged = points(go(teacher="none"))
+    assert not [tag for tag in logged if "teacher" in tag or "offline" in tag or "distill_loss" in tag]
+    assert logged["losses/loss"] == logged["losses/td_loss"] and not any(v for _, v in logged["charts/distill_coeff"])
+
+
+def test_a_damaged_checkpoint_costs_the_way_back_to_the_one_before_and_runs_nothing(go, tmp_path, capfd):
+    run, victim = go(at=24, checkpoint_frequency=4), tmp_path / "victim"
+    path = run / "checkpoint.npz"
+    before, whole, at = qdagger.load_checkpoint(run), go(), itemgetter("phase", "step")
+    for kind in ("cut", "garbage", "malicious"):
+        copied = Path(shutil.copytree(run, tmp_path / kind))
+        if kind == "malicious":
+            np.savez(copied / "checkpoint.npz", plain=np.array([Malicious(victim)], dtype=object), allow_pickle=True)
+        else:
+            (copied / "checkpoint.npz").write_bytes(path.read_bytes()[:-99] if kind == "cut" else bytes(5000))
+        earlier = qdagger.load_checkpoint(copied)["progress"]
+        assert "cannot be read" in capfd.readouterr().out and at(earlier) < at(before["progress"])
+        assert state(go(copied))["progress/step"] == state(whole)["progress/step"]
+        (copied / "checkpoint.npz").write_bytes(b"")
+        (copied / "checkpoint.previous.npz").write_bytes(b"")
+        with pytest.raises(qdagger.UserError, match="no checkpoint"):
+            qdagger.load_checkpoint(copied)
+    assert not victim.exists()
+    content = flatten_dict(before, sep="/")
+    for name in ("learner", "replay/actions", "progress/phase"):  # of another version
+        with path.open("wb") as file:
+            qdagger.save_arrays(unflatten_dict({key: content[key] for key in content if key != name}, sep="/"), file)
+        with pytest.raises(qdagger.UserError):
+            qdagger.train(Args(**before["args"] | {"resume": str(run)}))
+
+
+def test_real_signals_and_a_kill_end_the_program_and_it_goes_on(tmp_path):
+    """The bundled teacher of Pong, whose games are short when it plays at random, as from a terminal."""
+    flags = (
+        "--env-id PongNoFrameskip-v4 --network nature --num-envs 1 --teacher-steps 112 --offline-steps 20 --no-cuda "
+    )
+    flags += "--learning-starts 60 --buffer-size 100 --batch-size 4 --teacher-eval-episodes 1 --eval-episodes 1 "
+    flags += "--checkpoint-frequency 20 --end-e 1 --return-baseline random --teacher"
+    command = [qdagger.__file__, *flags.split(), str(TEACHERS / "PongNoFrameskip-v4.cleanrl_model"), "--end-e", "0.5"]
+    streams = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True, cwd=tmp_path)
+
+    def last_checkpoint() -> int:
+        return max((path.stat().st_mtime_ns for path in tmp_path.glob("runs/*/checkpoint.npz")), default=0)
+
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        before, process = last_checkpoint(), subprocess.Popen([sys.executable, *command], **streams)
+        while process.poll() is None and last_checkpoint() <= before:
+            time.sleep(0.02)
+        os.killpg(process.pid, number)
+        output = process.communicate(timeout=100)[0]
+        assert process.returncode == (-9 if number == 9 else 128 + number) and "Traceback" not in output, output
+        if number != 9:
+            command = shlex.split(output.partition("go on with: python ")[2].splitlines()[0])
+    subprocess.run(
+        [sys.executable, *command, "--total-timesteps", "200"], cwd=tmp_path, check=True, capture_output=True
+    )
+    (run,) = tmp_path.glob("runs/*")
+    last = 20 + qdagger.load_checkpoint(run)["progress"]["step"]
+    assert [step for step, _ in points(run)["charts/distill_coeff"]] == list(range(120, last + 1, 100))
+
+
+def test_wrong_flags_get_a_line_and_a_model_is_evaluated(tmp_path):
+    def program(*flags) -> subprocess.CompletedProcess:
+        command = [sys.executable, qdagger.__file__, "--no-cuda", *map(str, flags)]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+
+    for flags, words in (("--gamma 2", "--gamma 2.0: "), ("--teacher missing", "--teacher missing: ")):
+        done = program(*flags.split())
+        assert done.returncode == 2 and f"error: {words}" in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "runs").exists()
+    model = TEACHERS / "PongNoFrameskip-v4.cleanrl_model"
+    flags = ["--env-id", "PongNoFrameskip-v4", "--evaluate", model, "--eval-episodes", 2, "--end-e", 0.5]
+    done = program(*flags)
+    args = Args(env_id="PongNoFrameskip-v4", end_e=0.5)
+    scores = qdagger.evaluate(partial(qdagger.act, *load_network(model, 6, "--evaluate")), args, 2)
+    assert done.returncode == 0 and done.stdout.splitlines()[-3:-1] == [
+        f"game {n}: {s:g}" for n, s in enumerate(scores, 1)
+    ]
