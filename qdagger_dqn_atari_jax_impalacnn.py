@@ -190,9 +190,9 @@ def due(step: int, stride: int, every: int) -> bool:
 
 
 @partial(jax.jit, static_argnums=0)
-def act(network: nn.Module, params: dict, key: jax.Array, obs: jax.Array, epsilon: jax.Array):
+def act(network: nn.Module, params: dict, key: jax.Array, step: int, obs: jax.Array, epsilon: np.float32):
     """epsilon-greedy actions int32 (batch,), and the Q-values (batch, num_actions) behind them."""
-    q_values, keys = network.apply(params, obs), jax.random.split(key)
+    q_values, keys = network.apply(params, obs), jax.random.split(jax.random.fold_in(key, step))
     random_actions = jax.random.randint(keys[0], (len(obs),), 0, q_values.shape[1])
     explores = jax.random.uniform(keys[1], (len(obs),)) < epsilon
     return jnp.where(explores, random_actions, q_values.argmax(1)), q_values
@@ -318,10 +318,10 @@ class FrameReplay:
         return times % (len(self.rewards) // self.num_envs) * self.num_envs + envs
 
     @partial(jax.jit, donate_argnums=0)
-    def add(self, frames, *fields) -> "FrameReplay":
-        """With a row more: the newest frames, uint8 (num_envs, 84, 84), and FIELDS; the teacher's may be None."""
+    def add(self, obs, *fields) -> "FrameReplay":
+        """With a row more: the newest frames of uint8 (num_envs, 4, 84, 84), and FIELDS; the teacher's may be None."""
         here, changed = self.slots(self.written, 0), {"written": self.written + 1}
-        for name, values in zip(("frames", *self.FIELDS), (frames.reshape(self.num_envs, -1), *fields)):
+        for name, values in zip(("frames", *self.FIELDS), (obs[:, -1].reshape(self.num_envs, -1), *fields)):
             if values is not None:
                 stored = getattr(self, name)
                 changed[name] = jax.lax.dynamic_update_slice_in_dim(stored, values.astype(stored.dtype), here, 0)
@@ -444,13 +444,12 @@ def evaluate(policy: Callable, args: Args, episodes: int, epsilon=None, video=No
     games, key = AtariGames(args, num_envs, seed), jax.random.PRNGKey(seed)
     left = [len(range(env, episodes, num_envs)) for env in range(num_envs)]
     returns, actions_of_first = [], []
-    epsilon = jnp.float32(args.end_e if epsilon is None else epsilon)
+    epsilon = np.float32(args.end_e if epsilon is None else epsilon)
     with tqdm(total=episodes, desc="evaluation", unit="game", leave=False) as bar:
         while any(left):
             if stop:
                 raise KeyboardInterrupt(stop[0], "stopped")
-            key_of_step = jax.random.fold_in(key, len(actions_of_first))
-            actions = np.asarray(policy(key_of_step, games.obs, epsilon)[0])
+            actions = np.asarray(policy(key, len(actions_of_first), games.obs, epsilon)[0])
             actions_of_first.append(int(actions[0]))
             games.step_async(actions)
             for env, game_return, _ in games.step_wait()[-1]:
@@ -466,13 +465,8 @@ def evaluate(policy: Callable, args: Args, episodes: int, epsilon=None, video=No
 # --- Training ---
 
 
-lerp = jax.jit(optax.incremental_update)
-
-
 class TrainState(train_state.TrainState):
-    """The step, the student's weights and Adam's averages, as Flax keeps them, and the target network's weights."""
-
-    target_params: dict
+    target_params: dict  # beside what Flax keeps: step, params, and opt_state, Adam's averages
 
 
 class Learner:
@@ -484,14 +478,14 @@ class Learner:
         params, target = (jax.jit(self.network.init)(self.key, obs) for _ in range(2))  # the same weights twice
         weights = dict(params=params, target_params=target, tx=optax.adam(args.learning_rate, eps=args.adam_eps))
         self.state = TrainState.create(apply_fn=self.network.apply, **weights).replace(step=jnp.int32(0))
-        self.distill_weight = jnp.float32(0)  # distill_coef times lambda
+        self.distill_weight = np.float32(0)  # distill_coef times lambda
         self.metrics: dict[str, jax.Array] = {}  # scalars
 
-    def policy(self, key: jax.Array, obs: np.ndarray, epsilon: jax.Array):
-        return act(self.network, self.state.params, key, obs, epsilon)
+    def policy(self, *inputs):
+        return act(self.network, self.state.params, *inputs)
 
     @partial(jax.jit, static_argnums=0, donate_argnums=1)
-    def update(self, state: TrainState, replay: FrameReplay, distill_weight: jax.Array):
+    def update(self, state: TrainState, replay: FrameReplay, distill_weight: np.float32):
         """All of a gradient step as one XLA program: the state after it, which overwrites `state`, and its metrics."""
         args, key = self.args, jax.random.fold_in(self.key, state.step)
         batch = replay.sample(args.batch_size, args.n_step, args.gamma, key)
@@ -516,8 +510,8 @@ class Learner:
         return values
 
     def update_target(self, tau: float) -> None:
-        target_params = lerp(self.state.params, self.state.target_params, jnp.float32(tau))
-        self.state = self.state.replace(target_params=target_params)
+        weights = self.state.params, self.state.target_params, np.float32(tau)
+        self.state = self.state.replace(target_params=jax.jit(optax.incremental_update)(*weights))
 
 
 @dataclass
@@ -649,12 +643,12 @@ def train(args: Args, stop: Sequence[int] = ()) -> Path:
     if progress.phase == 1:
         games = AtariGames(args, teacher_envs, args.seed + 10_000 + progress.step)
         for bar in steps("teacher buffer", args.teacher_steps, teacher_envs):
-            epsilon = jnp.float32(linear_schedule(args.start_e, args.end_e, args.teacher_steps, progress.step))
+            epsilon = linear_schedule(args.start_e, args.end_e, args.teacher_steps, progress.step)
             obs = jax.device_put(games.obs)
-            actions, q_values = act(*teacher, jax.random.fold_in(key_of_teacher, progress.step), obs, epsilon)
+            actions, q_values = act(*teacher, key_of_teacher, progress.step, obs, np.float32(epsilon))
             games.step_async(np.asarray(actions))
             *outcome, finished = games.step_wait()
-            replay = replay.add(obs[:, -1], games.actions, *outcome, q_values)
+            replay = replay.add(obs, games.actions, *outcome, q_values)
             if finished:
                 bar.set_postfix_str(f"return={finished[-1][1]:.1f}, λ=1.00", refresh=False)
         if args.teacher_buffer:
@@ -664,7 +658,7 @@ def train(args: Args, stop: Sequence[int] = ()) -> Path:
 
     # Phase 2: the student learns from the teacher's buffer alone.
     if progress.phase == 2:
-        learner.distill_weight = jnp.float32(args.distill_coef)
+        learner.distill_weight = np.float32(args.distill_coef)
         for bar in steps("offline", args.offline_steps, 1, "charts/offline/avg_episodic_return", 100_000):
             learner.gradient_step(replay)
             step = progress.step + 1
@@ -689,20 +683,20 @@ def train(args: Args, stop: Sequence[int] = ()) -> Path:
         if progress.distilling:
             returns = progress.recent_returns, progress.teacher_return, progress.baseline_return
             coefficient = distill_coefficient(*returns, begin, args.distill_steps)
-            learner.distill_weight = jnp.float32(args.distill_coef * coefficient)
+            learner.distill_weight = np.float32(args.distill_coef * coefficient)
             over = args.distill_latch or (args.distill_steps is not None and begin >= args.distill_steps)
             progress.distilling = coefficient > 0 or not over
         obs = jax.device_put(games.obs)
-        actions, _ = learner.policy(jax.random.fold_in(key_of_student, begin), obs, jnp.float32(epsilon))
+        actions, _ = learner.policy(key_of_student, begin, obs, np.float32(epsilon))
         games.step_async(np.asarray(actions))  # they play on while the student learns
         for step in range(begin + 1, begin + args.num_envs + 1):
             if step > learning_starts and step % args.train_frequency == 0:
                 learner.gradient_step(replay)
             if step % args.target_network_frequency == 0:
                 learner.update_target(args.tau)
-        teacher_q_values = act(*teacher, learner.key, obs, 0.0)[1] if progress.distilling else None
+        teacher_q_values = act(*teacher, key_of_teacher, begin, obs, np.float32(0))[1] if progress.distilling else None
         *outcome, finished = games.step_wait()
-        replay = replay.add(obs[:, -1], games.actions, *outcome, teacher_q_values)
+        replay = replay.add(obs, games.actions, *outcome, teacher_q_values)
         progress.seconds += time.perf_counter() - start
         global_step += args.num_envs
         for _, game_return, length in finished:

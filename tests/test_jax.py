@@ -115,7 +115,7 @@ def test_a_batch_gives_both_the_same_loss_gradient_and_weights(name, huber, monk
     monkeypatch.setattr(FrameReplay, "sample", lambda *_: ours_batch)
     replays = FrameReplay.create(40, 1, 4), sibling.FrameReplay(40, 1, 4)
     theirs.distill_weight.fill_(1.5)
-    ours.distill_weight = jnp.float32(1.5)
+    ours.distill_weight = np.float32(1.5)
     for updates in range(1, 4):
         before = jax.tree.map(np.asarray, ours.state.params)
         ours.gradient_step(replays[0])
@@ -146,8 +146,8 @@ class Replay:
     def __init__(self, capacity: int, num_envs: int, num_actions: int, state: dict | None = None):
         self.replay, self.draws = FrameReplay.create(capacity, num_envs, num_actions, state), 0
 
-    def add(self, *row) -> None:
-        self.replay = self.replay.add(*map(np.asarray, row))
+    def add(self, frames, *row) -> None:
+        self.replay = self.replay.add(np.asarray(frames)[:, None], *map(np.asarray, row))
 
     def sample(self, batch_size: int, n_step: int, gamma: float, _) -> sibling.Batch:
         self.draws += 1
@@ -171,7 +171,7 @@ def test_a_row_is_written_in_place():
     replay = FrameReplay.create(64, 4, 2)
     pointer = replay.frames.unsafe_buffer_pointer()
     row = [np.zeros(4), np.zeros(4), np.zeros(4, bool), np.zeros(4, bool), np.zeros((4, 2))]
-    after = replay.add(np.ones((4, 84, 84), np.uint8), *row)
+    after = replay.add(np.ones((4, 1, 84, 84), np.uint8), *row)
     assert after.frames.unsafe_buffer_pointer() == pointer and replay.frames.is_deleted()
     assert int(after.written) == 1 and int(after.frames.sum()) == 4 * 84 * 84
 
@@ -180,7 +180,7 @@ def test_a_teachers_buffer_serves_both_programs(tmp_path):
     """Written by either, read by the other: the same content."""
     replay, rng = FrameReplay.create(24, 4, 3), np.random.default_rng(0)
     for _ in range(5):
-        frames = rng.integers(256, size=(4, 84, 84), dtype=np.uint8)
+        frames = rng.integers(256, size=(4, 1, 84, 84), dtype=np.uint8)
         ends = rng.random((2, 4)) < 0.3
         replay = replay.add(frames, rng.integers(3, size=4), rng.normal(size=4), *ends, rng.normal(size=(4, 3)))
     made_with = {"num_envs": 1}
