@@ -24,7 +24,6 @@ Its sibling in PyTorch is qdagger_dqn_atari_impalacnn.py. Random numbers follow 
 import hashlib
 import importlib.util
 import io
-import json
 import math
 import os
 import signal
@@ -36,7 +35,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
-from functools import partial, reduce
+from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -204,20 +203,22 @@ STACK, SIDE = 4, 84  # frames in an observation, and their height and width
 
 
 def dtype_of_input(x: jax.Array, *weights: jax.Array, **_) -> tuple:
-    """A layer computes in the dtype of what comes in, whatever its weights are kept in."""
+    """Flax's hook: a layer computes in the dtype of what comes in, not in the wider one of that and its weights."""
     return x, *(weight.astype(x.dtype) for weight in weights)
 
 
 OPTIONS = dict(kernel_init=nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform"), promote_dtype=dtype_of_input)
-Conv, Dense = partial(nn.Conv, **OPTIONS), partial(nn.Dense, **OPTIONS)  # which begin as PyTorch's
+Conv, Dense = partial(nn.Conv, **OPTIONS), partial(nn.Dense, **OPTIONS)  # whose kernels begin as PyTorch's, biases at 0
 
 
 def max_pool(x: jax.Array) -> jax.Array:
-    """3 x 3, stride 2, padding 1, as the larger of shifted slices: reduce_window's gradient is slow on a CPU."""
+    """3 x 3, stride 2, padding 1, by pairs of rows, then of columns: reduce_window's gradient is slow on a CPU."""
     for axis in (1, 2):
-        span = 2 * ((x.shape[axis] + 1) // 2) - 1
-        padded = jnp.pad(x, [(int(each == axis),) * 2 for each in range(4)], constant_values=-jnp.inf)
-        x = reduce(jnp.maximum, (jax.lax.slice_in_dim(padded, i, i + span, 2, axis) for i in range(3)))
+        pads = [(2, x.shape[axis] % 2) if each == axis else (0, 0) for each in range(4)]  # a pair before the first
+        x = jnp.pad(x, pads, constant_values=-jnp.inf)
+        first, second = jnp.unstack(x.reshape(*x.shape[:axis], -1, 2, *x.shape[axis + 1 :]), axis=axis + 1)
+        pairs, before = jnp.maximum(first, second), jax.lax.slice_in_dim(second, 0, -1, axis=axis)
+        x = jnp.maximum(jax.lax.slice_in_dim(pairs, 1, None, axis=axis), before)
     return x
 
 
@@ -370,12 +371,11 @@ class FrameReplay:
 
     def load_state_dict(self, state: dict) -> "FrameReplay":
         """Restored into one of this shape. Its games are not restored, so the last row counts as truncated."""
-        replay, begin, used = self, 0, len(state["actions"])
+        replay, used = self, len(state["actions"])
         put = jax.jit(partial(jax.lax.dynamic_update_slice_in_dim, axis=0), donate_argnums=0)
-        for packed in serialization.to_state_dict(state["frames"]).values():
+        for begin, packed in zip(range(0, used, self.BLOCK), state["frames"], strict=True):
             frames = np.frombuffer(zlib.decompress(packed), dtype=np.uint8).reshape(-1, SIDE * SIDE)
             replay = replay.replace(frames=put(replay.frames, frames, begin))
-            begin += len(frames)
         fields = {name: getattr(self, name).at[:used].set(state[name]) for name in self.FIELDS}
         written = jnp.asarray(state["written"], jnp.int32)
         last = self.slots(written - 1, jnp.arange(self.num_envs))
@@ -475,14 +475,12 @@ class Learner:
     def __init__(self, args: Args, num_actions: int):
         self.args, self.network = args, NETWORKS[args.network](num_actions, jnp.bfloat16 if args.amp else jnp.float32)
         self.key, obs = jax.random.PRNGKey(args.seed), np.zeros((1, STACK, SIDE, SIDE), np.uint8)
-        params, target = (jax.jit(self.network.init)(self.key, obs) for _ in range(2))  # the same weights twice
+        params, target = (jax.jit(self.network.init)(self.key, obs) for _ in range(2))  # twice: both are donated
         weights = dict(params=params, target_params=target, tx=optax.adam(args.learning_rate, eps=args.adam_eps))
-        self.state = TrainState.create(apply_fn=self.network.apply, **weights).replace(step=jnp.int32(0))
+        state = TrainState.create(apply_fn=self.network.apply, **weights)
+        self.state = state.replace(step=jnp.int32(0))  # Flax's is a Python int: `update` would be compiled twice
         self.distill_weight = np.float32(0)  # distill_coef times lambda
         self.metrics: dict[str, jax.Array] = {}  # scalars
-
-    def policy(self, *inputs):
-        return act(self.network, self.state.params, *inputs)
 
     @partial(jax.jit, static_argnums=0, donate_argnums=1)
     def update(self, state: TrainState, replay: FrameReplay, distill_weight: np.float32):
@@ -561,7 +559,8 @@ class Run:
     def save(self, state: dict) -> None:
         start, path = time.monotonic(), self.directory / "checkpoint.npz"
         self.writer.flush()
-        write(state, path, before=path.with_suffix(".previous.npz"))
+        data = np.frombuffer(serialization.msgpack_serialize(state), dtype=np.uint8)
+        write(lambda file: np.savez(file, state=data), path, before=path.with_suffix(".previous.npz"))
         self.time, self.cost = time.monotonic(), time.monotonic() - start
 
 
@@ -574,7 +573,7 @@ def train(args: Args, stop: Sequence[int] = ()) -> Path:
     device, num_actions = jax.devices()[0], AtariGames(args, 1, args.seed).num_actions
     if args.cuda and device.platform == "cpu":
         long = "; ten million steps take days there, the README's third command minutes" * (args.total_timesteps >= 1e7)
-        print(f"--cuda: no GPU found, running on the CPU{long}")
+        print(f'--cuda: JAX finds no GPU (pip install "jax[cuda12]"), running on the CPU{long}')
     learner, progress, teacher = Learner(args, num_actions), Progress(), None
     FrameReplay.create(args.buffer_size, args.num_envs, num_actions)  # if there is no room, that is better known now
     facts = {"device": device.device_kind, "jax": jax.__version__}
@@ -583,9 +582,8 @@ def train(args: Args, stop: Sequence[int] = ()) -> Path:
     if saved:
         with user_error(f"--resume {args.resume}: its checkpoint does not fit"):
             progress, facts, _ = Progress(**saved["progress"]), saved["facts"], saved["replay"]  # of which later
-            params = serialization.msgpack_restore(saved["teacher"].tobytes())
-            teacher = params and network_of(params, num_actions)
-            learner.state = restore(learner.state, serialization.msgpack_restore(saved["learner"].tobytes()))
+            teacher = saved["teacher"] and network_of(saved["teacher"], num_actions)
+            learner.state = restore(learner.state, saved["learner"])
     elif args.teacher != "none":
         path, reason = find_teacher(args)
         teacher = load_network(path, num_actions, "--teacher")
@@ -609,17 +607,18 @@ def train(args: Args, stop: Sequence[int] = ()) -> Path:
             if evaluating and progress.evaluated != progress.step:  # if not done right before the run was resumed
                 video = run.directory / "videos" / f"{logged}.mp4" if args.capture_video else None
                 with suppress(KeyboardInterrupt):  # a checkpoint first
-                    scores = evaluate(learner.policy, args, args.eval_episodes, video=video, stop=stop)
+                    policy = partial(act, learner.network, learner.state.params)
+                    scores = evaluate(policy, args, args.eval_episodes, video=video, stop=stop)
                     progress.evaluated, progress.scores = progress.step, scores
                     run.log(logged, {tag: np.mean(scores)})
             if evaluating or stop or at_end or run.time_to_save(progress.step, stride):
                 learner.read_metrics()  # nothing is kept that has diverged
                 if args.save_model:
-                    path = run.directory / f"{args.exp_name}.cleanrl_model"
-                    write(to_bytes(learner.state.params), path, save=np.ndarray.tofile)
+                    model = serialization.to_bytes(learner.state.params)
+                    write(lambda file, model=model: file.write(model), run.directory / f"{args.exp_name}.cleanrl_model")
                 state = {"args": asdict(args), "facts": facts, "progress": asdict(progress)}
-                state |= {"learner": to_bytes(learner.state), "teacher": to_bytes(teacher and teacher[1])}
-                run.save(state | {"replay": replay.state_dict()})
+                state |= {"learner": serialization.to_state_dict(learner.state), "replay": replay.state_dict()}
+                run.save(state | {"teacher": teacher and teacher[1]})
             if stop:
                 raise KeyboardInterrupt(stop[0], f"stopped; go on with: python {sys.argv[0]} --resume {run.directory}")
             if at_end:
@@ -630,7 +629,9 @@ def train(args: Args, stop: Sequence[int] = ()) -> Path:
 
     # Phase 1: the teacher fills its buffer, unless a file has it.
     teacher_envs = 8 * args.num_envs  # the more the faster, since its policy never ages
-    key_of_teacher, key_of_student = jax.random.split(jax.random.PRNGKey(args.seed + 1))  # the learner has the seed's
+    key_of_teacher, key_of_student = jax.random.split(
+        jax.random.PRNGKey(args.seed + 1)
+    )  # the learner's is PRNGKey(seed)
     if teacher and (progress.phase == 1 or not saved):
         run.log(0, {"charts/teacher/avg_episodic_return": progress.teacher_return})
     names = ["env_id", "repeat_action_probability", "num_envs", "teacher_steps", "start_e", "end_e"]
@@ -653,7 +654,7 @@ def train(args: Args, stop: Sequence[int] = ()) -> Path:
                 bar.set_postfix_str(f"return={finished[-1][1]:.1f}, λ=1.00", refresh=False)
         if args.teacher_buffer:
             content = {"made_with": made_with, "replay": jax.tree.map(torch.tensor, replay.state_dict())}
-            write(content, Path(args.teacher_buffer), save=torch.save)  # for the sibling as well
+            write(partial(torch.save, content), Path(args.teacher_buffer))  # for the sibling as well
         progress.phase, progress.step, progress.evaluated = 2, 0, -1
 
     # Phase 2: the student learns from the teacher's buffer alone.
@@ -687,7 +688,8 @@ def train(args: Args, stop: Sequence[int] = ()) -> Path:
             over = args.distill_latch or (args.distill_steps is not None and begin >= args.distill_steps)
             progress.distilling = coefficient > 0 or not over
         obs = jax.device_put(games.obs)
-        actions, _ = learner.policy(key_of_student, begin, obs, np.float32(epsilon))
+        student = learner.network, learner.state.params
+        actions, _ = act(*student, key_of_student, begin, obs, np.float32(epsilon))
         games.step_async(np.asarray(actions))  # they play on while the student learns
         for step in range(begin + 1, begin + args.num_envs + 1):
             if step > learning_starts and step % args.train_frequency == 0:
@@ -726,17 +728,12 @@ def shapes_of(network: nn.Module) -> dict:
     return jax.eval_shape(network.init, jax.random.PRNGKey(0), jnp.zeros((1, STACK, SIDE, SIDE), jnp.uint8))
 
 
-def to_bytes(tree) -> np.ndarray:
-    """uint8 (bytes,): arrays and their names as Flax writes them, in msgpack."""
-    return np.frombuffer(serialization.to_bytes(tree), dtype=np.uint8)
-
-
 def restore(tree, state: dict):
-    """`tree` with the arrays of `state`; ValueError if it has others, or of other shapes."""
-    restored = jax.tree.map(jnp.asarray, serialization.from_state_dict(tree, state))
-    if any(a.shape != b.shape for a, b in zip(jax.tree.leaves(restored), jax.tree.leaves(tree))):
-        raise ValueError("arrays of another shape")
-    return restored
+    """`tree` with the arrays of `state`; ValueError if they are not the same ones, or of other shapes."""
+    shapes, others = (jax.tree.map(np.shape, serialization.to_state_dict(each)) for each in (tree, state))
+    if shapes != others:
+        raise ValueError("other arrays, or of other shapes")
+    return jax.tree.map(jnp.asarray, serialization.from_state_dict(tree, state))
 
 
 def network_of(params: dict, num_actions: int) -> tuple[nn.Module, dict]:
@@ -756,13 +753,11 @@ def from_torch(state: dict[str, torch.Tensor], num_actions: int) -> dict:
     params, channels = {}, 0
     for layer, weight, bias in zip(layers, arrays[::2], arrays[1::2], strict=True):  # both in the order of their layers
         if weight.ndim == 4:
-            channels, kernel = len(weight), weight.transpose(2, 3, 1, 0)
-        elif layer[-1] == "Dense_0":
-            side = math.isqrt(weight.shape[1] // channels)
-            kernel = weight.reshape(-1, channels, side, side).transpose(2, 3, 1, 0).reshape(-1, len(weight))
-        else:
-            kernel = weight.T
+            kernel = weight.transpose(2, 3, 1, 0)
+        else:  # of channels of pixels; a vector is channels of one pixel
+            kernel = weight.reshape(len(weight), channels, -1).transpose(2, 1, 0).reshape(-1, len(weight))
         params |= {(*layer, "kernel"): kernel, (*layer, "bias"): bias}
+        channels = len(weight)
     return unflatten_dict(params)
 
 
@@ -813,20 +808,12 @@ def load_teacher_buffer(path: Path, made_with: dict, replay: FrameReplay) -> Fra
         return replay.load_state_dict(jax.tree.map(np.asarray, content["replay"]))
 
 
-def save_arrays(content: dict, file: io.BufferedWriter) -> None:
-    """np.savez: arrays under their paths in `content`, a nested dict, and all other values as JSON."""
-    flat = flatten_dict(content | {"replay": serialization.to_state_dict(content["replay"])}, sep="/")
-    arrays = {name: value for name, value in flat.items() if isinstance(value, np.ndarray)}
-    plain = {name: value for name, value in flat.items() if name not in arrays}
-    np.savez(file, plain=np.array(json.dumps(plain)), **arrays)
-
-
-def write(content, path: Path, before: Path | None = None, save: Callable = save_arrays) -> None:
-    """`save` beside `path`, to the disk, then rename: never half a file. What was there is kept as `before`."""
+def write(save: Callable, path: Path, before: Path | None = None) -> None:
+    """save(file) beside `path`, to the disk, then rename: never half a file. What was there is kept as `before`."""
     part = path.with_name(path.name + ".part")
     with user_error(f"cannot write {path}; once it can be written, --resume"):
         with part.open("wb") as file:
-            save(content, file)
+            save(file)
             file.flush()
             os.fsync(file.fileno())
         if before and path.exists():
@@ -838,9 +825,7 @@ def load_checkpoint(run_dir: Path) -> dict:
     """The newest whole state of a run: arrays and plain values, never code. UserError if there is none."""
     for path in (run_dir / "checkpoint.npz", run_dir / "checkpoint.previous.npz"):
         try:
-            with np.load(path) as file:
-                arrays = {name: file[name] for name in file}
-            return unflatten_dict(arrays | json.loads(str(arrays.pop("plain"))), sep="/")
+            return serialization.msgpack_restore(np.load(path)["state"].tobytes())
         except Exception as error:
             print(f"--resume: {path} cannot be read: {type(error).__name__}")
     raise UserError(f"--resume {run_dir}: no checkpoint of this version in it")
