@@ -1,4 +1,4 @@
-"""The method by hand: loss and gradient, lambda, schedules, periodic work, epsilon-greedy actions, both networks."""
+"""The method by hand: loss and gradient, lambda, periodic work, epsilon-greedy actions, both networks."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from hypothesis import given, strategies
 from torch.distributions import Categorical, kl_divergence
 
-from qdagger_dqn_atari_impalacnn import NETWORKS, Batch, act, distill_coefficient, due, linear_schedule, qdagger_loss
+from qdagger_dqn_atari_impalacnn import NETWORKS, Batch, act, distill_coefficient, due, qdagger_loss
 
 
 def test_large_q_values_at_a_low_temperature_stay_finite():
@@ -57,13 +57,6 @@ def test_lambda_is_the_share_of_the_teachers_return_that_ten_games_lack(student,
     assert distill_coefficient(returns, teacher, baseline, 10**12) == pytest.approx(expected)
     assert [distill_coefficient(returns[:n], teacher, baseline, 9, 10) for n in (0, 1, 9)] == [1, 1, 1]
     assert distill_coefficient([], teacher, baseline, 0, 0) == 0
-
-
-def test_linear_schedule_by_hand():
-    """Start, quarter, last step, end exactly and for ever; it may have no duration."""
-    values = [linear_schedule(1.0, 0.2, 100, step) for step in (0, 25, 99, 100, 10**9)]
-    assert values == pytest.approx([1.0, 0.8, 0.208, 0.2, 0.2]) and values[3:] == [0.2] * 2
-    assert [linear_schedule(1.0, 0.05, 0.0, step) for step in (0, 3)] == [0.05] * 2
 
 
 @given(*(strategies.integers(*limits) for limits in ((0, 500), (1, 60), (0, 80))))

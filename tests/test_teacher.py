@@ -149,10 +149,9 @@ def test_a_hub_that_answers_with_an_error_is_told_from_one_out_of_reach(hub):
 
 
 def test_a_bundled_teacher_is_no_stand_in_for_another(hub):
-    """No such file, no such name; or the hub is out of reach."""
-    for repo in ("bob/pong", "no/such/name", "with space"):
-        message = refusal(find_teacher, Args(env_id=PONG, teacher_policy_hf_repo=repo))
-        assert message.startswith(f"--teacher-policy-hf-repo {repo}: ")
+    """No such name; or the hub is out of reach."""
+    message = refusal(find_teacher, Args(env_id=PONG, teacher_policy_hf_repo="with space"))
+    assert message.startswith("--teacher-policy-hf-repo with space: ")
     hub.close()
     for repo, env_id in (("bob/pong", PONG), (default(QBERT)[0], QBERT)):
         message = refusal(find_teacher, Args(env_id=env_id, teacher_policy_hf_repo=repo))

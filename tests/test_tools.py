@@ -118,17 +118,6 @@ def test_a_signal_is_passed_on_once_and_the_next_start_resumes(grid, number):
     assert "--resume" in calls(stopped)[1] and len(calls(waiting)) == 1
 
 
-def test_another_script_finds_our_teacher_on_its_hub(grid, tmp_path):
-    script = "import sys\nfrom huggingface_hub import hf_hub_download as download\n"
-    script += "print(download('cleanrl/PongNoFrameskip-v4-dqn_atari-seed1', 'dqn_atari.cleanrl_model'), sys.argv[1:])"
-    (tmp_path / "other.py").write_text(script)
-    options = ["--program", tmp_path / "other.py", "--python", sys.executable, "--hub-teacher", TEACHER]
-    assert end(grid(["--seed 1"], *options))[0] == 0
-    path, flags = (grid.runs[0] / "log").read_text().strip().split(" ", 1)
-    assert Path(path).read_bytes() == TEACHER.read_bytes()
-    assert flags == "['--env-id', 'PongNoFrameskip-v4', '--seed', '1']"
-
-
 def made_up_run(run: Path, evaluations: list[float], score: str, updates: int) -> None:
     """A run as tools/run.py leaves it, with so many offline updates, and an evaluation every 100 steps and 10 s."""
     run.mkdir(parents=True)
@@ -176,13 +165,6 @@ def test_event_files_and_the_csv_give_the_same_tables_and_figures(tmp_path, monk
     assert table.loc["scratch", "1"].teacher_normalised == pytest.approx(1.2 / 40.7)
 
 
-@pytest.mark.parametrize("count, together", [(3, 1), (25, 8), (32, 10), (75, 10)])
-def test_a_run_without_evaluations_is_drawn_by_its_training_games(count, together):
-    points = plot.training_games(pd.DataFrame({"step": np.arange(count), "value": 10 * np.arange(count)}))
-    last = np.arange(together - 1, count, together)  # those that are left over make no point
-    assert points.values.tolist() == [[step, 10 * step - 5 * (together - 1)] for step in last]
-
-
 def test_interquartile_mean_and_intervals_are_the_known_ones():
     assert plot.interquartile_mean(np.arange(8.0) ** 2) == np.mean([4, 9, 16, 25])
     games, rng = [level + np.linspace(-0.1, 0.1, 6) for level in (0.0, 1.0)], np.random.default_rng(1)
@@ -193,8 +175,6 @@ def test_interquartile_mean_and_intervals_are_the_known_ones():
     drawn = [np.sort(np.concatenate([rng.choice(game, 6) for game in games]))[3:9].mean() for _ in range(5000)]
     assert [row.low, row.high] == pytest.approx(np.percentile(drawn, [2.5, 97.5]), abs=0.005)
     assert plot.aggregates(table.query("seed == 0")).empty  # one seed has no interval
-    mean, half = plot.mean_and_interval(pd.DataFrame([[1.0, 2.0, 3.0], [5.0, np.nan, np.nan]]))
-    assert mean.tolist() == [2, 5] and half[0] == pytest.approx(4.302653 / np.sqrt(3)) and np.isnan(half[1])
 
 
 def test_tables_of_the_readme_are_remade_from_what_is_committed():
@@ -213,15 +193,13 @@ def test_tables_of_the_readme_are_remade_from_what_is_committed():
             assert speed.table_of(content["runs"], "other script") == content["table"]
 
 
-def test_the_test_command_of_the_readme_is_the_one_that_ci_runs():
-    assert "<!-- test command -->" in (ROOT / ".ci" / "run").read_text()
-    assert '<!-- test command -->\n```bash\npip install -e ".[test]" && pytest\n```' in plot.README.read_text()
-
-
-SCRIPT = """
+SCRIPT = f"""
 import sys
+from huggingface_hub import hf_hub_download as download
 from torch.utils.tensorboard import SummaryWriter
 assert "--env-id=PongNoFrameskip-v4" in sys.argv and "--learning-starts=400" in sys.argv
+teacher = download("cleanrl/PongNoFrameskip-v4-dqn_atari-seed1", "dqn_atari.cleanrl_model")
+assert open(teacher, "rb").read() == open("{TEACHER}", "rb").read()
 faster = 1 + ("--amp" in sys.argv)
 with SummaryWriter("runs/RUN") as log:
     log.add_scalar("charts/teacher/avg_episodic_return", 20, 0, walltime=1000)
