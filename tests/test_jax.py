@@ -176,6 +176,19 @@ def test_a_row_is_written_in_place():
     assert int(after.written) == 1 and int(after.frames.sum()) == 4 * 84 * 84
 
 
+@pytest.mark.long
+def test_a_million_frames_have_more_bytes_than_31_bits_count():
+    """7.06 GB: the last rows are found again, and those after them at the beginning."""
+    replay, row = FrameReplay.create(1_000_000, 4, 2), [np.zeros(4), np.zeros(4), np.zeros(4, bool), np.zeros(4, bool)]
+    replay = replay.replace(written=jnp.int32(249_990))
+    for number in range(20):
+        images = np.full((4, 1, 84, 84), 10 * number, np.uint8) + np.arange(4, dtype=np.uint8)[:, None, None, None]
+        replay = replay.add(images, *row, None)
+    seen = replay.stacks(jnp.arange(249_993, 250_010), jnp.full(17, 3))
+    assert np.asarray(seen[:, -1, 0, 0]).tolist() == [10 * number + 3 for number in range(3, 20)]
+    assert np.asarray(replay.frames[:40:4, -1]).tolist() == [10 * number for number in range(10, 20)]
+
+
 def test_a_teachers_buffer_serves_both_programs(tmp_path):
     """Written by either, read by the other: the same content."""
     replay, rng = FrameReplay.create(24, 4, 3), np.random.default_rng(0)
