@@ -74,8 +74,9 @@ class Run:
             model = self.model()
             env_id = model.parent.name.split("__")[0]
             return ["--evaluate", str(model), "--env-id", env_id, "--eval-episodes", str(self.args.games)]
-        for checkpoint in self.directory.glob("runs/*/checkpoint*.pt"):
-            return ["--resume", str(checkpoint.parent)]
+        for checkpoint in self.directory.glob("runs/*/checkpoint*"):
+            if checkpoint.suffix in (".pt", ".npz"):
+                return ["--resume", str(checkpoint.parent)]
         shutil.rmtree(self.directory / "runs", ignore_errors=True)  # cut off before its first checkpoint
         return self.flags
 
