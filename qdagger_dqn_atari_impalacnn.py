@@ -377,7 +377,7 @@ class AtariGames:
         return cv2.resize(tall, (SIDE, SIDE * len(self.images)), interpolation=cv2.INTER_AREA).reshape(-1, SIDE, SIDE)
 
     def step_async(self, actions: np.ndarray) -> None:
-        """Begin a step with these actions, int64 (num_envs,), but where a game or life is to be launched."""
+        """Begin a step with these actions, integers (num_envs,), but where a game or life is to be launched."""
         self.forced = self.launching > 0
         self.actions = np.where(self.forced, self.launch[-self.launching], actions)  # `launch` from behind
         self.launching -= self.forced
@@ -576,7 +576,7 @@ def train(args: Args, stop: Sequence[int] = ()) -> Path:
         bar = tqdm(total=total, initial=progress.step, desc=name, unit="update" if name == "offline" else "step")
         while True:
             at_end, logged = progress.step >= total, progress.offset + progress.step
-            evaluating = tag and (at_end or due(progress.step - stride, stride, every))  # at step 0 too
+            evaluating = tag and (at_end or due(progress.step - stride, stride, every))  # at step 0 as well
             if evaluating and progress.evaluated != progress.step:  # if not done right before the run was resumed
                 video = run.directory / "videos" / f"{logged}.mp4" if args.capture_video else None
                 with suppress(KeyboardInterrupt):  # a checkpoint first
@@ -609,7 +609,7 @@ def train(args: Args, stop: Sequence[int] = ()) -> Path:
         replay = FrameReplay(args.teacher_steps, teacher_envs, num_actions, device, saved.pop("replay", None))
     if progress.phase == 1 and args.teacher_buffer and Path(args.teacher_buffer).exists():
         load_teacher_buffer(Path(args.teacher_buffer), made_with, replay)
-        progress.phase, progress.step, progress.evaluated = 2, 0, -1
+        progress.phase, progress.step, progress.evaluated = 2, 0, -1  # an evaluation at 0 is still to come
     if progress.phase == 1:
         games = AtariGames(args, teacher_envs, args.seed + 10_000 + progress.step)
         policy = graphed(partial(act, teacher, learner.generator), learner.generator)

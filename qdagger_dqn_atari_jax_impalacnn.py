@@ -412,7 +412,7 @@ class AtariGames:
         return cv2.resize(tall, (SIDE, SIDE * len(self.images)), interpolation=cv2.INTER_AREA).reshape(-1, SIDE, SIDE)
 
     def step_async(self, actions: np.ndarray) -> None:
-        """Begin a step with these actions, int64 (num_envs,), but where a game or life is to be launched."""
+        """Begin a step with these actions, integers (num_envs,), but where a game or life is to be launched."""
         self.forced = self.launching > 0
         self.actions = np.where(self.forced, self.launch[-self.launching], actions)  # `launch` from behind
         self.launching -= self.forced
@@ -574,7 +574,7 @@ def train(args: Args, stop: Sequence[int] = ()) -> Path:
     if args.cuda and device.platform == "cpu":
         long = "; ten million steps take days there, the README's third command minutes" * (args.total_timesteps >= 1e7)
         print(f'--cuda: JAX finds no GPU (pip install "jax[cuda12]"), running on the CPU{long}')
-    learner, progress, teacher = Learner(args, num_actions), Progress(), None
+    learner, progress, teacher = Learner(args, num_actions), Progress(), None  # or the teacher's network and weights
     FrameReplay.create(args.buffer_size, args.num_envs, num_actions)  # if there is no room, that is better known now
     facts = {"device": device.device_kind, "jax": jax.__version__}
 
@@ -640,7 +640,7 @@ def train(args: Args, stop: Sequence[int] = ()) -> Path:
         replay = FrameReplay.create(args.teacher_steps, teacher_envs, num_actions, saved.pop("replay", None))
     if progress.phase == 1 and args.teacher_buffer and Path(args.teacher_buffer).exists():
         replay = load_teacher_buffer(Path(args.teacher_buffer), made_with, replay)
-        progress.phase, progress.step, progress.evaluated = 2, 0, -1
+        progress.phase, progress.step, progress.evaluated = 2, 0, -1  # an evaluation at 0 is still to come
     if progress.phase == 1:
         games = AtariGames(args, teacher_envs, args.seed + 10_000 + progress.step)
         for bar in steps("teacher buffer", args.teacher_steps, teacher_envs):
