@@ -52,7 +52,8 @@ grid+=(--program "$program")
 mkdir -p "$out/buffers" && out=$(cd "$out" && pwd) && rm -f "$out"/{buffers,runs}.txt
 line() { printf '%q ' "$@" && echo; } # of a list for tools/run.py: a run's name and its flags
 for env_id in "${env_ids[@]}"; do
-    common=(--env-id "$env_id" "${extra[@]}") buffer=(--teacher-buffer "$out/buffers/$env_id.pt")
+    game=${env_id//\//-} # a name for files: ALE-Pong-v5
+    common=(--env-id "$env_id" "${extra[@]}") buffer=(--teacher-buffer "$out/buffers/$game.pt")
     for kind in "${kinds[@]}"; do
         case $kind in
             student) flags=("${buffer[@]}") ;;
@@ -62,12 +63,12 @@ for env_id in "${env_ids[@]}"; do
             *) fail "--kinds $kind: none of student, scratch, kickstart, offline" ;;
         esac
         for seed in "${seeds[@]}"; do
-            line "$kind-$env_id-$seed" "${common[@]}" "${flags[@]}" --seed "$seed" --save-model >>"$out/runs.txt"
+            line "$kind-$game-$seed" "${common[@]}" "${flags[@]}" --seed "$seed" --save-model >>"$out/runs.txt"
         done
     done
-    if grep -q "^student-$env_id\|^offline-$env_id" "$out/runs.txt"; then # then its buffer comes first
+    if grep -q "^student-$game\|^offline-$game" "$out/runs.txt"; then # then its buffer comes first
         flags=(--offline-steps 1 --total-timesteps 0 --eval-episodes 1)
-        line "buffer-$env_id" "${common[@]}" "${buffer[@]}" "${flags[@]}" >>"$out/buffers.txt"
+        line "buffer-$game" "${common[@]}" "${buffer[@]}" "${flags[@]}" >>"$out/buffers.txt"
     fi
 done
 lists=("$out/runs.txt") after=()

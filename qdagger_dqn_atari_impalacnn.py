@@ -22,9 +22,10 @@ The loss is the same in phases 2 and 3; its terms are means over a batch:
 import copy
 import hashlib
 import importlib.util
-import io
+import json
 import math
 import os
+import re
 import signal
 import sys
 import time
@@ -38,9 +39,7 @@ from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-os.environ.setdefault(
-    "GOMP_SPINCOUNT", "10000"
-)  # torch's threads sleep soon when they wait, and leave the cores to the games
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # torch's threads, when they wait, soon leave the cores to the games
 
 import ale_py
 import cv2
@@ -51,11 +50,12 @@ import torch.nn as nn
 import torch.nn.functional as F
 import tyro
 from ale_py.vector_env import AtariVectorEnv
+from huggingface_hub import EvalResult, HfApi, ModelCardData, errors, get_hf_file_metadata, hf_hub_download, hf_hub_url
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-gym.register_envs(ale_py)
 ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)
+load = partial(torch.load, map_location="cpu", weights_only=True)  # tensors and plain values, never code
 
 # CPUs that are faster in bfloat16: Intel's with AMX, AMD's with the AVX-512 instructions for it.
 CPU = {} if torch.cuda.is_available() else getattr(torch.cpu, "get_capabilities", dict)()
@@ -78,13 +78,14 @@ class Args:
     hf_entity: str = ""  # user or organisation there; empty: the one logged in
 
     # environment
-    env_id: str = "BreakoutNoFrameskip-v4"  # one of ale-py's *NoFrameskip-v4 games
+    env_id: str = "BreakoutNoFrameskip-v4"  # one of ale-py's games, as GAMENoFrameskip-v4 or ALE/GAME-v5
     num_envs: int = 4  # games side by side, the teacher's eight times as many; updates per step do not depend on it
-    repeat_action_probability: float = 0.0  # chance that a frame repeats the last action; 0.25 = sticky actions
+    repeat_action_probability: float | None = None  # sticky actions; unset: as env_id says, 0 or, for ALE/GAME-v5, 0.25
 
     # DQN
     total_timesteps: int = 10_000_000  # environment steps of the online phase
-    learning_rate: float = 1e-4  # of Adam
+    learning_rate: float = 1e-4  # of Adam, while lambda is 1
+    final_learning_rate: float | None = None  # when lambda is 0, linear in between; unset, or no teacher: constant
     adam_eps: float = 1e-8  # of Adam
     buffer_size: int = 1_000_000  # environment steps in the student's replay; 7.06 GB per million
     gamma: float = 0.99  # discount per step
@@ -107,9 +108,9 @@ class Args:
     distill_steps: int | None = None  # online steps after which lambda is 0; unset: never cut off
     distill_latch: bool = False  # once lambda was 0, keep it there
     return_baseline: Literal["zero", "random"] = "zero"  # lambda compares returns above this baseline
-    teacher: str = "auto"  # auto (hub, else bundled), none (plain DQN from scratch), or a path: model or SB3 DQN zip
+    teacher: str = "auto"  # auto (hub, else bundled), none (plain DQN from scratch), or a path: model or SB3 zip
     teacher_policy_hf_repo: str | None = None  # hub repository; unset: cleanrl/{env_id}-{teacher_model_exp_name}-seed1
-    teacher_model_exp_name: str = "dqn_atari"  # its file is {teacher_model_exp_name}.cleanrl_model, or dqn-*.zip
+    teacher_model_exp_name: str = "dqn_atari"  # its file there: {teacher_model_exp_name}.cleanrl_model
     teacher_eval_episodes: int = 10  # games that measure the teacher
     teacher_buffer: str | None = None  # read the teacher's buffer from this file if it exists, else write it there
 
@@ -226,14 +227,15 @@ class AtariNetwork(nn.Module):
 
     def __init__(self, layers: list[nn.Module], hidden: int, num_actions: int):
         super().__init__()
+        self.amp = False  # all layers but the last in bfloat16, which is too coarse to tell one action from another
         features = nn.Sequential(*layers)(torch.zeros(1, STACK, SIDE, SIDE)).numel()
         head = [nn.Flatten(), nn.Linear(features, hidden), nn.ReLU(), nn.Linear(hidden, num_actions)]
         self.network = nn.Sequential(*layers, *head)
 
     def forward(self, obs: torch.Tensor) -> torch.Tensor:
-        features = self.network[:-1](obs.float().div_(255))
-        with torch.autocast(obs.device.type, enabled=False):  # bfloat16 is too coarse to tell one action from another
-            return self.network[-1](features.float())
+        with torch.autocast(obs.device.type, torch.bfloat16, enabled=self.amp, cache_enabled=False):
+            features = self.network[:-1](obs.float().div_(255))
+        return self.network[-1](features.float())
 
 
 class QNetwork(AtariNetwork):
@@ -275,7 +277,7 @@ class FrameReplay:
         self.num_envs, self.rows, self.device = num_envs, math.ceil(capacity / num_envs), device
         size, zeros = self.rows * num_envs, partial(torch.zeros, device=device)
         with user_error("--buffer-size, --teacher-steps: too large for the memory, or not those of the checkpoint"):
-            self.frames = torch.empty((size, SIDE * SIDE), dtype=torch.uint8, device=device)
+            self.frames = torch.empty((size, SIDE, SIDE), dtype=torch.uint8, device=device)
             self.actions, self.rewards = zeros(size, dtype=torch.int64), zeros(size)
             self.terminations, self.truncations = zeros(size, dtype=torch.bool), ~zeros(size, dtype=torch.bool)
             self.teacher_q_values = zeros((size, num_actions))
@@ -287,13 +289,11 @@ class FrameReplay:
         """Where the `times`-th rows ever written keep these environments."""
         return times % self.rows * self.num_envs + envs
 
-    def add(self, frames, *fields) -> None:
-        """Write a row: the newest frames, uint8 (num_envs, 84, 84), and FIELDS; the teacher's may be None."""
+    def add(self, *row) -> None:
+        """Write a row: the newest frames, uint8 (num_envs, 84, 84), and FIELDS; the teacher's may be left out."""
         here = self.slots(self.written, torch.arange(self.num_envs, device=self.device))
-        self.frames[here] = torch.as_tensor(frames, device=self.device).reshape(self.num_envs, -1)
-        for name, values in zip(self.FIELDS, fields):
-            if values is not None:
-                getattr(self, name)[here] = torch.as_tensor(values, device=self.device)
+        for name, values in zip(("frames", *self.FIELDS), row):
+            getattr(self, name)[here] = torch.as_tensor(values, device=self.device)
         self.written += 1
 
     def sample(self, batch_size: int, n_step: int, gamma: float, generator: torch.Generator) -> Batch:
@@ -327,21 +327,17 @@ class FrameReplay:
     def state_dict(self) -> dict:
         """All that was written, the frames compressed by several threads."""
         used = min(int(self.written), self.rows) * self.num_envs
-
-        def pack(frames: torch.Tensor) -> torch.Tensor:
-            return torch.frombuffer(bytearray(zlib.compress(frames.cpu().numpy(), level=1)), dtype=torch.uint8)
-
         with ThreadPoolExecutor() as pool:
-            frames = list(pool.map(pack, self.frames[:used].split(self.BLOCK)))
+            packed = pool.map(lambda block: zlib.compress(block.cpu().numpy(), 1), self.frames[:used].split(self.BLOCK))
+            frames = [torch.frombuffer(bytearray(block), dtype=torch.uint8) for block in packed]
         fields = {name: getattr(self, name)[:used].clone() for name in self.FIELDS}
         return fields | {"written": self.written, "frames": frames}
 
     def load_state_dict(self, state: dict) -> None:
         """Restore a replay of this shape. Its games are not restored, so the last row counts as truncated."""
         used = len(state["actions"])
-        for frames, packed in zip(self.frames[:used].split(self.BLOCK), state["frames"]):
-            plain = np.frombuffer(bytearray(zlib.decompress(packed.numpy())), dtype=np.uint8)
-            frames.copy_(torch.from_numpy(plain).view_as(frames))
+        for block, packed in zip(self.frames[:used].split(self.BLOCK), state["frames"]):
+            block.copy_(torch.tensor(np.frombuffer(zlib.decompress(packed.numpy()), dtype=np.uint8)).view_as(block))
         for name in self.FIELDS:
             getattr(self, name)[:used] = state[name]
         self.written.copy_(state["written"])
@@ -358,12 +354,12 @@ class AtariGames:
     """
 
     def __init__(self, args: Args, num_envs: int, seed: int):
-        rom, screen = gym.spec(args.env_id).kwargs["game"], ale_py.ALEInterface()
-        screen.loadROM(ale_py.roms.get_rom_path(rom))
+        spec, screen = gym.spec(args.env_id).kwargs, ale_py.ALEInterface()
+        screen.loadROM(ale_py.roms.get_rom_path(spec["game"]))
         options = dict(zip(("img_height", "img_width"), screen.getScreenDims()), grayscale=False, stack_num=1)
         options |= dict(use_fire_reset=False, reward_clipping=False, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
-        sticky = {"repeat_action_probability": args.repeat_action_probability}
-        self.emulators = AtariVectorEnv(rom, num_envs, **options, **sticky)
+        sticky = (spec if args.repeat_action_probability is None else asdict(args))["repeat_action_probability"]
+        self.emulators = AtariVectorEnv(spec["game"], num_envs, **options, repeat_action_probability=sticky)
         self.num_actions = int(self.emulators.single_action_space.n)
         self.launch = np.array([0, 1, 2] if ale_py.Action.FIRE in self.emulators.ale.get_action_set() else [0])
         self.launching = np.full(num_envs, len(self.launch) - 1)  # how many actions of `launch` are still to come
@@ -435,31 +431,34 @@ class Learner(nn.Module):
 
     def __init__(self, args: Args, num_actions: int, device: torch.device):
         super().__init__()
-        self.args, self.device = args, device
+        self.args = args
         torch.manual_seed(args.seed)  # the network's first weights
         self.generator = torch.Generator(device).manual_seed(args.seed)  # exploration and sampling
         self.q_network = NETWORKS[args.network](num_actions).to(device, memory_format=torch.channels_last)
+        self.q_network.amp = args.amp
         self.target_network = copy.deepcopy(self.q_network).requires_grad_(False)
-        options = {"lr": args.learning_rate, "eps": args.adam_eps, "fused": True, "capturable": device.type == "cuda"}
+        self.distill_weight, learning_rate = torch.tensor([0.0, args.learning_rate], device=device)  # read by graphs
+        options = {"lr": learning_rate, "eps": args.adam_eps, "fused": True, "capturable": device.type == "cuda"}
         self.optimizer = torch.optim.Adam(self.q_network.parameters(), **options)
-        self.distill_weight = torch.zeros((), device=device)  # distill_coef times lambda
         self.metrics: dict[str, torch.Tensor] = {}  # scalars
         with user_error("--compile: torch.compile fails here"):
             for network in (self.q_network, self.target_network) if args.compile else ():
                 network.compile()
                 network(torch.zeros((args.num_envs, STACK, SIDE, SIDE), dtype=torch.uint8, device=device))
 
-    def q_values(self, obs: torch.Tensor, network: nn.Module | None = None) -> torch.Tensor:
-        """float32 (batch, num_actions) of the student, or of its target network."""
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.amp, cache_enabled=False):
-            return (network or self.q_network)(obs)
+    def follow(self, coefficient: float) -> float:
+        """Weigh the teacher by lambda, and let the learning rate, which is returned, follow it."""
+        first, final = self.args.learning_rate, self.args.final_learning_rate
+        learning_rate = first if final is None else linear_schedule(final, first, 1, coefficient)
+        self.optimizer.param_groups[0]["lr"].fill_(learning_rate)
+        self.distill_weight.fill_(self.args.distill_coef * coefficient)
+        return learning_rate
 
     def gradient_step(self, replay: FrameReplay) -> None:
         args = self.args
         batch = replay.sample(args.batch_size, args.n_step, args.gamma, self.generator)
-        with torch.no_grad():
-            next_q_values = self.q_values(batch.next_obs, self.target_network)
-        q_values = self.q_values(batch.obs)
+        next_q_values = self.target_network(batch.next_obs)  # whose weights need no gradient
+        q_values = self.q_network(batch.obs)
         loss, td, kl = qdagger_loss(q_values, next_q_values, batch, self.distill_weight, args.temperature, args.huber)
         self.optimizer.zero_grad()
         loss.backward()
@@ -500,9 +499,9 @@ class Run:
 
     def __init__(self, args: Args, facts: dict[str, str], first_step: int):
         """A new directory, or that of --resume, where what was logged from `first_step` on will be logged again."""
-        self.frequency, self.time, self.cost = args.checkpoint_frequency, time.monotonic(), 0.0
-        name, settings = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}", asdict(args) | facts
-        self.directory = Path(args.resume or f"runs/{name}")
+        self.next_save = time.monotonic() + 600  # for runs without --checkpoint-frequency
+        game, settings = args.env_id.replace("/", "-"), asdict(args) | facts
+        self.directory = Path(args.resume or f"runs/{game}__{args.exp_name}__{args.seed}__{int(time.time())}")
         self.directory.mkdir(parents=True, exist_ok=args.resume is not None)
         if args.track:
             import wandb
@@ -517,17 +516,11 @@ class Run:
         for tag, value in scalars.items():
             self.writer.add_scalar(tag, value, step)
 
-    def time_to_save(self, step: int, stride: int) -> bool:
-        """Whether it is, at this step: unless told otherwise, at most 1% of the time goes into it."""
-        if self.frequency is None:
-            return time.monotonic() - self.time > max(600, 100 * self.cost)
-        return step > 0 and due(step - stride, stride, self.frequency)
-
     def save(self, state: dict) -> None:
         start, path = time.monotonic(), self.directory / "checkpoint.pt"
         self.writer.flush()
         write(state, path, before=path.with_suffix(".previous.pt"))
-        self.time, self.cost = time.monotonic(), time.monotonic() - start
+        self.next_save = time.monotonic() + max(600, 100 * (time.monotonic() - start))  # at most 1% of the time for it
 
 
 def train(args: Args, stop: Sequence[int] = ()) -> Path:
@@ -539,8 +532,7 @@ def train(args: Args, stop: Sequence[int] = ()) -> Path:
         upload(args)
     on_gpu, num_actions = args.cuda and torch.cuda.is_available(), AtariGames(args, 1, args.seed).num_actions
     if args.cuda and not on_gpu:
-        long = "; ten million steps take days there, the README's third command minutes" * (args.total_timesteps >= 1e7)
-        print(f"--cuda: no GPU found, running on the CPU{long}")
+        print("--cuda: no GPU found, running on the CPU, where ten million steps take days; README has shorter runs")
     device = torch.device("cuda" if on_gpu else "cpu")
     torch.set_float32_matmul_precision("high")  # TF32 on a GPU
     torch.backends.cudnn.deterministic = args.torch_deterministic
@@ -559,7 +551,7 @@ def train(args: Args, stop: Sequence[int] = ()) -> Path:
             learner.generator.set_state(saved["generator"])
     elif args.teacher != "none":
         path, reason = find_teacher(args)
-        teacher = load_network(path, num_actions, "--teacher").to(device)
+        teacher = load_network(path, num_actions, "--teacher", args.temperature).to(device)
         facts |= {"teacher_file": f"{path}, {reason}", "teacher_sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
         print(f"teacher: {facts['teacher_file']}")
         play_games = partial(evaluate, teacher, args, args.teacher_eval_episodes, device, stop=stop)
@@ -570,6 +562,8 @@ def train(args: Args, stop: Sequence[int] = ()) -> Path:
         if progress.teacher_return <= progress.baseline_return:
             raise UserError(f"--teacher {args.teacher}: {means}: take another, or --return-baseline random")
     run = Run(args, facts, progress.offset + progress.step + 1 if saved and progress.phase > 1 else 0)
+    if teacher and (progress.phase == 1 or not saved):
+        run.log(0, {"charts/teacher/avg_episodic_return": progress.teacher_return})
 
     def steps(name: str, total: int, stride: int, tag: str = "", every: int = 0) -> Iterator[tqdm]:
         """The loop of a phase: a progress bar before each step; in between, evaluations, checkpoints, and the end."""
@@ -580,10 +574,12 @@ def train(args: Args, stop: Sequence[int] = ()) -> Path:
             if evaluating and progress.evaluated != progress.step:  # if not done right before the run was resumed
                 video = run.directory / "videos" / f"{logged}.mp4" if args.capture_video else None
                 with suppress(KeyboardInterrupt):  # a checkpoint first
-                    scores = evaluate(learner.q_values, args, args.eval_episodes, device, video=video, stop=stop)
+                    scores = evaluate(learner.q_network, args, args.eval_episodes, device, video=video, stop=stop)
                     progress.evaluated, progress.scores = progress.step, scores
                     run.log(logged, {tag: np.mean(scores)})
-            if evaluating or stop or at_end or run.time_to_save(progress.step, stride):
+            by_time = args.checkpoint_frequency is None and time.monotonic() > run.next_save
+            by_step = progress.step > 0 and due(progress.step - stride, stride, args.checkpoint_frequency or 0)
+            if by_time or by_step or evaluating or stop or at_end:
                 learner.read_metrics()  # nothing is kept that has diverged
                 if args.save_model:
                     write(learner.q_network.state_dict(), run.directory / f"{args.exp_name}.cleanrl_model")
@@ -601,9 +597,7 @@ def train(args: Args, stop: Sequence[int] = ()) -> Path:
 
     # Phase 1: the teacher fills its buffer, unless a file has it.
     teacher_envs = 8 * args.num_envs  # the more the faster, since its policy never ages
-    if teacher and (progress.phase == 1 or not saved):
-        run.log(0, {"charts/teacher/avg_episodic_return": progress.teacher_return})
-    names = ["env_id", "repeat_action_probability", "num_envs", "teacher_steps", "start_e", "end_e"]
+    names = ["env_id", "repeat_action_probability", "num_envs", "teacher_steps", "start_e", "end_e", "temperature"]
     made_with = {name: getattr(args, name) for name in names} | {"teacher": facts.get("teacher_sha256")}
     if progress.phase < 3:
         replay = FrameReplay(args.teacher_steps, teacher_envs, num_actions, device, saved.pop("replay", None))
@@ -621,14 +615,14 @@ def train(args: Args, stop: Sequence[int] = ()) -> Path:
             *outcome, finished = games.step_wait()
             replay.add(obs[:, -1], games.actions, *outcome, q_values)
             if finished:
-                bar.set_postfix_str(f"return={finished[-1][1]:.1f}, λ=1.00", refresh=False)
+                bar.postfix = f"return={finished[-1][1]:.1f}, λ=1.00"
         if args.teacher_buffer:
             write({"made_with": made_with, "replay": replay.state_dict()}, Path(args.teacher_buffer))
         progress.phase, progress.step, progress.evaluated = 2, 0, -1
 
     # Phase 2: the student learns from the teacher's buffer alone.
     if progress.phase == 2:
-        learner.distill_weight.fill_(args.distill_coef)
+        learner.follow(1.0)
         gradient_step = graphed(partial(learner.gradient_step, replay), learner.generator)
         for bar in steps("offline", args.offline_steps, 1, "charts/offline/avg_episodic_return", 100_000):
             gradient_step()
@@ -638,52 +632,50 @@ def train(args: Args, stop: Sequence[int] = ()) -> Path:
             if step % 100 == 0:
                 losses = {name.replace("td_", "q_"): value for name, value in learner.read_metrics().items()}
                 run.log(step, {f"charts/offline/{name}": value for name, value in losses.items() if "loss" in name})
-                bar.set_postfix_str(f"return={np.mean(progress.scores):.1f}, λ=1.00", refresh=False)
+                bar.postfix = f"return={np.mean(progress.scores):.1f}, λ=1.00"
         learner.update_target(tau=1.0)
         progress.phase, progress.step, progress.evaluated, progress.offset = 3, 0, 0, args.offline_steps
         del replay, gradient_step  # room for the student's own
 
     # Phase 3: the student plays on by itself, and the teacher fades.
     replay = FrameReplay(args.buffer_size, args.num_envs, num_actions, device, saved.pop("replay", None))
-    learner.metrics, coefficient, exploration_steps = {}, 0.0, args.exploration_fraction * args.total_timesteps
+    learner.metrics, exploration_steps = {}, args.exploration_fraction * args.total_timesteps
     learning_starts = max(args.learning_starts, (args.n_step + STACK) * args.num_envs)
     games = AtariGames(args, args.num_envs, args.seed + progress.step)
-    policy = graphed(partial(act, learner.q_values, learner.generator), learner.generator)
+    policy = graphed(partial(act, learner.q_network, learner.generator), learner.generator)
     q_values_of_teacher = graphed(teacher, learner.generator)
     gradient_step = graphed(partial(learner.gradient_step, replay), learner.generator)
     for bar in steps("online", args.total_timesteps, args.num_envs, "eval/episodic_return", args.eval_frequency):
-        start, begin, global_step = time.perf_counter(), progress.step, progress.offset + progress.step
-        epsilon = linear_schedule(args.start_e, args.end_e, exploration_steps, global_step)
-        if progress.distilling:
-            returns = progress.recent_returns, progress.teacher_return, progress.baseline_return
-            coefficient = distill_coefficient(*returns, begin, args.distill_steps)
-            learner.distill_weight.fill_(args.distill_coef * coefficient)
-            over = args.distill_latch or (args.distill_steps is not None and begin >= args.distill_steps)
-            progress.distilling = coefficient > 0 or not over
+        start, begin, end = time.perf_counter(), progress.step, progress.step + args.num_envs
+        epsilon = linear_schedule(args.start_e, args.end_e, exploration_steps, progress.offset + begin)
+        returns = progress.recent_returns, progress.teacher_return, progress.baseline_return
+        coefficient = distill_coefficient(*returns, begin, args.distill_steps) if progress.distilling else 0.0
+        over = args.distill_latch or (args.distill_steps is not None and begin >= args.distill_steps)
+        progress.distilling &= coefficient > 0 or not over
+        learning_rate = learner.follow(coefficient) if teacher else args.learning_rate
         obs = torch.as_tensor(games.obs, device=device)
         actions, _ = policy(obs, epsilon)
         games.step_async(actions.cpu().numpy())  # they play on while the student learns
-        for step in range(begin + 1, begin + args.num_envs + 1):
+        for step in range(begin + 1, end + 1):
             if step > learning_starts and step % args.train_frequency == 0:
                 gradient_step()
             if step % args.target_network_frequency == 0:
                 learner.update_target(args.tau)
-        teacher_q_values = q_values_of_teacher(obs) if progress.distilling else None
+        teacher_q_values = [q_values_of_teacher(obs)] if progress.distilling else []
         *outcome, finished = games.step_wait()
-        replay.add(obs[:, -1], games.actions, *outcome, teacher_q_values)
+        replay.add(obs[:, -1], games.actions, *outcome, *teacher_q_values)
         progress.seconds += time.perf_counter() - start
-        global_step += args.num_envs
         for _, game_return, length in finished:
-            run.log(global_step, {"charts/episodic_return": game_return, "charts/episodic_length": length})
+            run.log(progress.offset + end, {"charts/episodic_return": game_return, "charts/episodic_length": length})
             progress.recent_returns = [*progress.recent_returns[-9:], game_return]
         if due(begin, args.num_envs, 100):
-            losses, speed = learner.read_metrics(), (begin + args.num_envs) / progress.seconds
+            losses, speed = learner.read_metrics(), end / progress.seconds
             if not progress.distilling:
                 losses.pop("distill_loss", None)  # there is no teacher to differ from
-            run.log(global_step, {f"losses/{name}": value for name, value in losses.items()})
-            run.log(global_step, {"charts/epsilon": epsilon, "charts/distill_coeff": coefficient, "charts/SPS": speed})
-            mean = np.mean(progress.recent_returns or math.nan)
-            bar.set_postfix_str(f"return={mean:.1f}, λ={coefficient:.2f}", refresh=False)
+            run.log(progress.offset + end, {f"losses/{name}": value for name, value in losses.items()})
+            charts = {"epsilon": epsilon, "distill_coeff": coefficient, "learning_rate": learning_rate, "SPS": speed}
+            run.log(progress.offset + end, {f"charts/{name}": value for name, value in charts.items()})
+            bar.postfix = f"return={np.mean(progress.recent_returns or math.nan):.1f}, λ={coefficient:.2f}"
     run.writer.close()
     score = f"{np.mean(progress.scores):.2f} ± {np.std(progress.scores):.2f}"
     print(f"{run.directory}: {score} over {len(progress.scores)} games")
@@ -696,36 +688,47 @@ def train(args: Args, stop: Sequence[int] = ()) -> Path:
 
 
 def network_of(state: dict[str, torch.Tensor], num_actions: int) -> AtariNetwork:
-    """The frozen network that these are the weights of; ValueError if none of NETWORKS has such."""
+    """The frozen network that these are the weights of, in their order; ValueError if none of NETWORKS has such."""
     for kind in NETWORKS.values():
         network = kind(num_actions).requires_grad_(False)
-        with suppress(RuntimeError):  # other names or shapes
-            network.load_state_dict(state)
+        with suppress(ValueError, RuntimeError):  # another number of them, or other shapes
+            network.load_state_dict(dict(zip(network.state_dict(), state.values(), strict=True)))
             return network
     raise ValueError(f"no weights of a Nature CNN or Impala-CNN for the {num_actions} actions of --env-id")
 
 
-def load_network(path: Path, num_actions: int, flag: str) -> AtariNetwork:
-    """The network in a state dict or a Stable-Baselines3 DQN zip; UserError if there is none. No file can run code."""
+def load_sb3(path: Path, num_actions: int, temperature: float) -> dict[str, torch.Tensor]:
+    """The Nature CNN in a Stable-Baselines3 zip of DQN, QR-DQN, PPO or A2C with CnnPolicy; ValueError if there is none.
+
+    Logits of the last two, times temperature, stand for Q-values: softmax(Q / temperature) is that agent's policy.
+    """
+    with zipfile.ZipFile(path) as file:
+        its_actions = int(json.loads(file.read("data"))["action_space"].get("n", num_actions))
+        state = load(file.open("policy.pth"))
+    acting = r"(q_net|quantile_net|features_extractor|mlp_extractor\.policy_net|action_net)\."  # but no value_net
+    state = {name: tensor for name, tensor in state.items() if re.match(acting, name)}
+    if its_actions != num_actions or len(state) != 10:
+        raise ValueError(f"no CnnPolicy of DQN, QR-DQN, PPO or A2C for the {num_actions} actions of --env-id")
+    for name in list(state)[-2:]:  # of the last layer: that of QR-DQN gives quantiles, whose mean is linear, too
+        state[name] = state[name].unflatten(0, (-1, num_actions)).mean(0) * (temperature if "action" in name else 1)
+    return state
+
+
+def load_network(path: Path, num_actions: int, flag: str, temperature: float = 1.0) -> AtariNetwork:
+    """The network in a state dict or a Stable-Baselines3 zip; UserError if there is none. No file can run code."""
     with user_error(f"{flag} {path}: cannot be read"):
-        file = path
-        if zipfile.is_zipfile(path) and "policy.pth" in zipfile.ZipFile(path).namelist():  # torch writes zips as well
-            file = io.BytesIO(zipfile.ZipFile(path).read("policy.pth"))
-        state = torch.load(file, map_location="cpu", weights_only=True)
-        of_sb3 = [tensor for name, tensor in state.items() if name.startswith("q_net.")]  # in the order of ours
-        state = dict(zip(TeacherNetwork(num_actions).state_dict(), of_sb3, strict=True)) if of_sb3 else state
-        return network_of(state, num_actions)
+        sb3 = zipfile.is_zipfile(path) and "policy.pth" in zipfile.ZipFile(path).namelist()  # torch writes zips as well
+        return network_of(load_sb3(path, num_actions, temperature) if sb3 else load(path), num_actions)
 
 
 def find_teacher(args: Args) -> tuple[Path, str]:
     """The teacher's file, and why that one: the path given, the hub's, or, out of its reach, its cache's or ours."""
     if args.teacher != "auto":
         return Path(args.teacher), "as given"
-    from huggingface_hub import errors, get_hf_file_metadata, hf_hub_download, hf_hub_url
-
-    repo = args.teacher_policy_hf_repo or f"cleanrl/{args.env_id}-{args.teacher_model_exp_name}-seed1"
-    name = repo.split("/")[-1]
-    file = f"{name}.zip" if name.startswith("dqn-") else f"{args.teacher_model_exp_name}.cleanrl_model"
+    env_id = re.sub("ALE/(.*)-v5", r"\1NoFrameskip-v4", args.env_id)  # the older name of the same game
+    repo = args.teacher_policy_hf_repo or f"cleanrl/{env_id}-{args.teacher_model_exp_name}-seed1"
+    sb3 = re.search("/((dqn|qrdqn|ppo|a2c)-.*)", repo)
+    file = f"{sb3[1]}.zip" if sb3 else f"{args.teacher_model_exp_name}.cleanrl_model"
     with user_error(f"--teacher-policy-hf-repo {repo}: no {file} from there"):
         try:  # once and not for long: hf_hub_download itself tries again for half a minute and more
             ThreadPoolExecutor(1).submit(get_hf_file_metadata, hf_hub_url(repo, file), timeout=5).result(timeout=8)
@@ -735,8 +738,8 @@ def find_teacher(args: Args) -> tuple[Path, str]:
         except Exception:
             with suppress(errors.LocalEntryNotFoundError):
                 return Path(hf_hub_download(repo, file, local_files_only=True)), f"from the cache of the hub, {repo}"
-    bundled = Path(__file__).parent / "teachers" / f"{args.env_id}.cleanrl_model"
-    if repo != f"cleanrl/{args.env_id}-{Args.teacher_model_exp_name}-seed1" or not bundled.exists():
+    bundled = Path(__file__).parent / "teachers" / f"{env_id}.cleanrl_model"
+    if repo != f"cleanrl/{env_id}-{Args.teacher_model_exp_name}-seed1" or not bundled.exists():
         raise UserError(f"--teacher auto: the hub is out of reach and {repo} not in its cache; give a PATH")
     return bundled, "bundled: the hub is out of reach"
 
@@ -744,9 +747,8 @@ def find_teacher(args: Args) -> tuple[Path, str]:
 def load_teacher_buffer(path: Path, made_with: dict, replay: FrameReplay) -> None:
     """Fill `replay` from --teacher-buffer; UserError if the file is damaged or was made with other settings."""
     with user_error(f"--teacher-buffer {path}: not a teacher's buffer of this version"):
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        differing = [name for name, value in made_with.items() if content["made_with"][name] != value]
-        if differing:
+        content = load(path)
+        if differing := [name for name, value in made_with.items() if content["made_with"][name] != value]:
             raise UserError(f"--teacher-buffer {path}: made with another {differing[0]}; name another file")
         replay.load_state_dict(content["replay"])
 
@@ -768,7 +770,7 @@ def load_checkpoint(run_dir: Path) -> dict:
     """The newest whole state of a run: tensors and plain values, never code. UserError if there is none."""
     for path in (run_dir / "checkpoint.pt", run_dir / "checkpoint.previous.pt"):
         try:
-            return torch.load(path, map_location="cpu", weights_only=True)
+            return load(path)
         except Exception as error:
             print(f"--resume: {path} cannot be read: {type(error).__name__}")
     raise UserError(f"--resume {run_dir}: no checkpoint of this version in it")
@@ -820,9 +822,7 @@ def film(args: Args, seed: int, actions: list[int], path: Path) -> None:
 
 def upload(args: Args, run_dir: Path | None = None, score: str = "") -> None:
     """Make the hub's repository for the model, which only works if one may; in the end, publish the run there."""
-    from huggingface_hub import EvalResult, HfApi, ModelCardData
-
-    name, task = f"{args.env_id}-{args.exp_name}-seed{args.seed}", "reinforcement-learning"
+    name, task = f"{args.env_id}-{args.exp_name}-seed{args.seed}".replace("/", "-"), "reinforcement-learning"
     with user_error("--upload-model: no way to write there; `hf auth login` first, or another --hf-entity"):
         repo = HfApi().create_repo(f"{args.hf_entity}/{name}".removeprefix("/"), exist_ok=True).repo_id
         if run_dir:
@@ -839,15 +839,15 @@ def validate(args: Args, before: dict) -> None:
     positive = "num_envs buffer_size batch_size n_step train_frequency target_network_frequency learning_rate "
     positive += "adam_eps temperature teacher_eval_episodes eval_episodes"
     shares = "gamma tau start_e end_e exploration_fraction repeat_action_probability"
-    games = [env_id for env_id in gym.registry if env_id.endswith("NoFrameskip-v4")]
+    games = [env_id for env_id in gym.registry if re.fullmatch(r"(ALE/\w+-v5)|(\w+NoFrameskip-v4)", env_id)]
     numbers = {flag: value for flag, value in asdict(args).items() if isinstance(value, int | float)}
     least = (args.n_step + STACK) * args.num_envs  # that a replay needs to be drawn from
     changed = [flag for flag in before if flag not in free.split() and getattr(args, flag) != before[flag]]
     rules = [
-        ("env_id", args.env_id in games, f"not one of ale-py's {len(games)} games, such as PongNoFrameskip-v4"),
+        ("env_id", args.env_id in games, "no game of ale-py's, such as PongNoFrameskip-v4 or ALE/Pong-v5"),
         *((flag, 0 <= number < math.inf, "must not be negative or infinite") for flag, number in numbers.items()),
         *((flag, numbers[flag] > 0, "must be above 0") for flag in positive.split()),
-        *((flag, numbers[flag] <= 1, "must lie between 0 and 1") for flag in shares.split()),
+        *((flag, numbers.get(flag, 0) <= 1, "must lie between 0 and 1") for flag in shares.split()),
         ("buffer_size", args.buffer_size >= least, f"too few: {least} or more"),
         ("teacher_steps", args.teacher == "none" or args.teacher_steps >= 8 * least, f"too few: {8 * least} or more"),
         ("teacher_buffer", os.access(Path(args.teacher_buffer or "_").absolute().parent, os.W_OK), "not writable"),

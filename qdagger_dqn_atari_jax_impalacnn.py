@@ -23,9 +23,10 @@ Its sibling in PyTorch is qdagger_dqn_atari_impalacnn.py. Random numbers follow 
 
 import hashlib
 import importlib.util
-import io
+import json
 import math
 import os
+import re
 import signal
 import sys
 import time
@@ -48,6 +49,7 @@ import numpy as np
 import torch  # reads PyTorch's models, and writes for TensorBoard
 import tyro
 from ale_py.vector_env import AtariVectorEnv
+from huggingface_hub import EvalResult, HfApi, ModelCardData, errors, get_hf_file_metadata, hf_hub_download, hf_hub_url
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -57,14 +59,13 @@ try:
     import jax.numpy as jnp
     import optax
     from flax import serialization, struct
-    from flax.training import train_state
     from flax.traverse_util import flatten_dict, unflatten_dict
 except ImportError as missing:
     print(f'error: {missing}: pip install -e ".[jax]", on Python 3.11 or newer', file=sys.stderr)
     sys.exit(2)
 
-gym.register_envs(ale_py)
 ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)
+load = partial(torch.load, map_location="cpu", weights_only=True)  # tensors and plain values, never code
 
 
 @dataclass
@@ -82,13 +83,14 @@ class Args:
     hf_entity: str = ""  # user or organisation there; empty: the one logged in
 
     # environment
-    env_id: str = "BreakoutNoFrameskip-v4"  # one of ale-py's *NoFrameskip-v4 games
+    env_id: str = "BreakoutNoFrameskip-v4"  # one of ale-py's games, as GAMENoFrameskip-v4 or ALE/GAME-v5
     num_envs: int = 4  # games side by side, the teacher's eight times as many; updates per step do not depend on it
-    repeat_action_probability: float = 0.0  # chance that a frame repeats the last action; 0.25 = sticky actions
+    repeat_action_probability: float | None = None  # sticky actions; unset: as env_id says, 0 or, for ALE/GAME-v5, 0.25
 
     # DQN
     total_timesteps: int = 10_000_000  # environment steps of the online phase
-    learning_rate: float = 1e-4  # of Adam
+    learning_rate: float = 1e-4  # of Adam, while lambda is 1
+    final_learning_rate: float | None = None  # when lambda is 0, linear in between; unset, or no teacher: constant
     adam_eps: float = 1e-8  # of Adam
     buffer_size: int = 1_000_000  # environment steps in the student's replay; 7.06 GB per million
     gamma: float = 0.99  # discount per step
@@ -111,9 +113,9 @@ class Args:
     distill_steps: int | None = None  # online steps after which lambda is 0; unset: never cut off
     distill_latch: bool = False  # once lambda was 0, keep it there
     return_baseline: Literal["zero", "random"] = "zero"  # lambda compares returns above this baseline
-    teacher: str = "auto"  # auto (hub, else bundled), none (plain DQN from scratch), or a path: model or SB3 DQN zip
+    teacher: str = "auto"  # auto (hub, else bundled), none (plain DQN from scratch), or a path: model or SB3 zip
     teacher_policy_hf_repo: str | None = None  # hub repository; unset: cleanrl/{env_id}-{teacher_model_exp_name}-seed1
-    teacher_model_exp_name: str = "dqn_atari_jax"  # its file is {teacher_model_exp_name}.cleanrl_model, or dqn-*.zip
+    teacher_model_exp_name: str = "dqn_atari_jax"  # its file there: {teacher_model_exp_name}.cleanrl_model
     teacher_eval_episodes: int = 10  # games that measure the teacher
     teacher_buffer: str | None = None  # read the teacher's buffer from this file if it exists, else write it there
 
@@ -320,12 +322,11 @@ class FrameReplay:
 
     @partial(jax.jit, donate_argnums=0)
     def add(self, obs, *fields) -> "FrameReplay":
-        """With a row more: the newest frames of uint8 (num_envs, 4, 84, 84), and FIELDS; the teacher's may be None."""
+        """With a row more: the newest frames of uint8 (num_envs, 4, 84, 84), and FIELDS, perhaps not the teacher's."""
         here, changed = self.slots(self.written, 0), {"written": self.written + 1}
         for name, values in zip(("frames", *self.FIELDS), (obs[:, -1].reshape(self.num_envs, -1), *fields)):
-            if values is not None:
-                stored = getattr(self, name)
-                changed[name] = jax.lax.dynamic_update_slice_in_dim(stored, values.astype(stored.dtype), here, 0)
+            stored = getattr(self, name)
+            changed[name] = jax.lax.dynamic_update_slice_in_dim(stored, values.astype(stored.dtype), here, 0)
         return self.replace(**changed)
 
     def sample(self, batch_size: int, n_step: int, gamma: float, key: jax.Array) -> Batch:
@@ -359,13 +360,10 @@ class FrameReplay:
     def state_dict(self) -> dict:
         """All that was written, on the host, the frames compressed by several threads."""
         used = min(int(self.written) * self.num_envs, len(self.rewards))
-
-        def pack(begin: int) -> np.ndarray:
-            frames = np.asarray(self.frames[begin : min(begin + self.BLOCK, used)])
-            return np.frombuffer(zlib.compress(frames, level=1), dtype=np.uint8)
-
+        blocks = [slice(begin, min(begin + self.BLOCK, used)) for begin in range(0, used, self.BLOCK)]
         with ThreadPoolExecutor() as pool:
-            frames = list(pool.map(pack, range(0, used, self.BLOCK)))
+            packed = pool.map(lambda block: zlib.compress(np.asarray(self.frames[block]), level=1), blocks)
+            frames = [np.frombuffer(block, dtype=np.uint8) for block in packed]
         fields = {name: np.asarray(getattr(self, name)[:used]) for name in self.FIELDS}
         return fields | {"written": np.asarray(self.written), "frames": frames}
 
@@ -393,12 +391,12 @@ class AtariGames:
     """
 
     def __init__(self, args: Args, num_envs: int, seed: int):
-        rom, screen = gym.spec(args.env_id).kwargs["game"], ale_py.ALEInterface()
-        screen.loadROM(ale_py.roms.get_rom_path(rom))
+        spec, screen = gym.spec(args.env_id).kwargs, ale_py.ALEInterface()
+        screen.loadROM(ale_py.roms.get_rom_path(spec["game"]))
         options = dict(zip(("img_height", "img_width"), screen.getScreenDims()), grayscale=False, stack_num=1)
         options |= dict(use_fire_reset=False, reward_clipping=False, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
-        sticky = {"repeat_action_probability": args.repeat_action_probability}
-        self.emulators = AtariVectorEnv(rom, num_envs, **options, **sticky)
+        sticky = (spec if args.repeat_action_probability is None else asdict(args))["repeat_action_probability"]
+        self.emulators = AtariVectorEnv(spec["game"], num_envs, **options, repeat_action_probability=sticky)
         self.num_actions = int(self.emulators.single_action_space.n)
         self.launch = np.array([0, 1, 2] if ale_py.Action.FIRE in self.emulators.ale.get_action_set() else [0])
         self.launching = np.full(num_envs, len(self.launch) - 1)  # how many actions of `launch` are still to come
@@ -465,8 +463,12 @@ def evaluate(policy: Callable, args: Args, episodes: int, epsilon=None, video=No
 # --- Training ---
 
 
-class TrainState(train_state.TrainState):
-    target_params: dict  # beside what Flax keeps: step, params, and opt_state, Adam's averages
+@struct.dataclass
+class TrainState:
+    step: jax.Array  # int32: how many gradient steps
+    params: dict
+    target_params: dict
+    opt_state: optax.OptState  # Adam's averages
 
 
 class Learner:
@@ -476,14 +478,20 @@ class Learner:
         self.args, self.network = args, NETWORKS[args.network](num_actions, jnp.bfloat16 if args.amp else jnp.float32)
         self.key, obs = jax.random.PRNGKey(args.seed), np.zeros((1, STACK, SIDE, SIDE), np.uint8)
         params, target = (jax.jit(self.network.init)(self.key, obs) for _ in range(2))  # twice: both are donated
-        weights = dict(params=params, target_params=target, tx=optax.adam(args.learning_rate, eps=args.adam_eps))
-        state = TrainState.create(apply_fn=self.network.apply, **weights)
-        self.state = state.replace(step=jnp.int32(0))  # Flax's is a Python int: `update` would be compiled twice
-        self.distill_weight = np.float32(0)  # distill_coef times lambda
+        self.adam = optax.scale_by_adam(eps=args.adam_eps)
+        self.state = TrainState(jnp.int32(0), params, target, self.adam.init(params))
+        self.distill_weight, self.learning_rate = np.float32(0), np.float32(args.learning_rate)
         self.metrics: dict[str, jax.Array] = {}  # scalars
 
+    def follow(self, coefficient: float) -> float:
+        """Weigh the teacher by lambda, and let the learning rate, which is returned, follow it."""
+        first, final = self.args.learning_rate, self.args.final_learning_rate
+        learning_rate = first if final is None else linear_schedule(final, first, 1, coefficient)
+        self.learning_rate, self.distill_weight = map(np.float32, (learning_rate, self.args.distill_coef * coefficient))
+        return learning_rate
+
     @partial(jax.jit, static_argnums=0, donate_argnums=1)
-    def update(self, state: TrainState, replay: FrameReplay, distill_weight: np.float32):
+    def update(self, state: TrainState, replay: FrameReplay, distill_weight: np.float32, learning_rate: np.float32):
         """All of a gradient step as one XLA program: the state after it, which overwrites `state`, and its metrics."""
         args, key = self.args, jax.random.fold_in(self.key, state.step)
         batch = replay.sample(args.batch_size, args.n_step, args.gamma, key)
@@ -495,10 +503,12 @@ class Learner:
             return loss, {"loss": loss, "td_loss": td, "distill_loss": kl, "q_values": q_values.mean()}
 
         gradient, metrics = jax.grad(loss_of, has_aux=True)(state.params)
-        return state.apply_gradients(grads=gradient), metrics
+        direction, opt_state = self.adam.update(gradient, state.opt_state)
+        params = jax.tree.map(lambda weight, change: weight - learning_rate * change, state.params, direction)
+        return state.replace(step=state.step + 1, params=params, opt_state=opt_state), metrics
 
     def gradient_step(self, replay: FrameReplay) -> None:
-        self.state, self.metrics = self.update(self.state, replay, self.distill_weight)
+        self.state, self.metrics = self.update(self.state, replay, self.distill_weight, self.learning_rate)
 
     def read_metrics(self) -> dict[str, float]:
         """Those of the last gradient step, fetched from the device; UserError if its loss is not finite."""
@@ -533,9 +543,9 @@ class Run:
 
     def __init__(self, args: Args, facts: dict[str, str], first_step: int):
         """A new directory, or that of --resume, where what was logged from `first_step` on will be logged again."""
-        self.frequency, self.time, self.cost = args.checkpoint_frequency, time.monotonic(), 0.0
-        name, settings = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}", asdict(args) | facts
-        self.directory = Path(args.resume or f"runs/{name}")
+        self.next_save = time.monotonic() + 600  # for runs without --checkpoint-frequency
+        game, settings = args.env_id.replace("/", "-"), asdict(args) | facts
+        self.directory = Path(args.resume or f"runs/{game}__{args.exp_name}__{args.seed}__{int(time.time())}")
         self.directory.mkdir(parents=True, exist_ok=args.resume is not None)
         if args.track:
             import wandb
@@ -550,18 +560,12 @@ class Run:
         for tag, value in scalars.items():
             self.writer.add_scalar(tag, value, step)
 
-    def time_to_save(self, step: int, stride: int) -> bool:
-        """Whether it is, at this step: unless told otherwise, at most 1% of the time goes into it."""
-        if self.frequency is None:
-            return time.monotonic() - self.time > max(600, 100 * self.cost)
-        return step > 0 and due(step - stride, stride, self.frequency)
-
     def save(self, state: dict) -> None:
         start, path = time.monotonic(), self.directory / "checkpoint.npz"
         self.writer.flush()
         data = np.frombuffer(serialization.msgpack_serialize(state), dtype=np.uint8)
         write(lambda file: np.savez(file, state=data), path, before=path.with_suffix(".previous.npz"))
-        self.time, self.cost = time.monotonic(), time.monotonic() - start
+        self.next_save = time.monotonic() + max(600, 100 * (time.monotonic() - start))  # at most 1% of the time for it
 
 
 def train(args: Args, stop: Sequence[int] = ()) -> Path:
@@ -572,8 +576,7 @@ def train(args: Args, stop: Sequence[int] = ()) -> Path:
         upload(args)
     device, num_actions = jax.devices()[0], AtariGames(args, 1, args.seed).num_actions
     if args.cuda and device.platform == "cpu":
-        long = "; ten million steps take days there, the README's third command minutes" * (args.total_timesteps >= 1e7)
-        print(f'--cuda: JAX finds no GPU (pip install "jax[cuda12]"), running on the CPU{long}')
+        print('--cuda: no GPU found (pip install "jax[cuda12]"), running on the CPU, where ten million steps take days')
     learner, progress, teacher = Learner(args, num_actions), Progress(), None  # or the teacher's network and weights
     FrameReplay.create(args.buffer_size, args.num_envs, num_actions)  # if there is no room, that is better known now
     facts = {"device": device.device_kind, "jax": jax.__version__}
@@ -586,7 +589,7 @@ def train(args: Args, stop: Sequence[int] = ()) -> Path:
             learner.state = restore(learner.state, saved["learner"])
     elif args.teacher != "none":
         path, reason = find_teacher(args)
-        teacher = load_network(path, num_actions, "--teacher")
+        teacher = load_network(path, num_actions, "--teacher", args.temperature)
         facts |= {"teacher_file": f"{path}, {reason}", "teacher_sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
         print(f"teacher: {facts['teacher_file']}")
         play_games = partial(evaluate, partial(act, *teacher), args, args.teacher_eval_episodes, stop=stop)
@@ -611,7 +614,9 @@ def train(args: Args, stop: Sequence[int] = ()) -> Path:
                     scores = evaluate(policy, args, args.eval_episodes, video=video, stop=stop)
                     progress.evaluated, progress.scores = progress.step, scores
                     run.log(logged, {tag: np.mean(scores)})
-            if evaluating or stop or at_end or run.time_to_save(progress.step, stride):
+            by_time = args.checkpoint_frequency is None and time.monotonic() > run.next_save
+            by_step = progress.step > 0 and due(progress.step - stride, stride, args.checkpoint_frequency or 0)
+            if by_time or by_step or evaluating or stop or at_end:
                 learner.read_metrics()  # nothing is kept that has diverged
                 if args.save_model:
                     model = serialization.to_bytes(learner.state.params)
@@ -631,10 +636,10 @@ def train(args: Args, stop: Sequence[int] = ()) -> Path:
     teacher_envs = 8 * args.num_envs  # the more the faster, since its policy never ages
     key_of_teacher, key_of_student = jax.random.split(
         jax.random.PRNGKey(args.seed + 1)
-    )  # the learner's is PRNGKey(seed)
+    )  # the Learner has PRNGKey(seed)
     if teacher and (progress.phase == 1 or not saved):
         run.log(0, {"charts/teacher/avg_episodic_return": progress.teacher_return})
-    names = ["env_id", "repeat_action_probability", "num_envs", "teacher_steps", "start_e", "end_e"]
+    names = ["env_id", "repeat_action_probability", "num_envs", "teacher_steps", "start_e", "end_e", "temperature"]
     made_with = {name: getattr(args, name) for name in names} | {"teacher": facts.get("teacher_sha256")}
     if progress.phase < 3:
         replay = FrameReplay.create(args.teacher_steps, teacher_envs, num_actions, saved.pop("replay", None))
@@ -651,7 +656,7 @@ def train(args: Args, stop: Sequence[int] = ()) -> Path:
             *outcome, finished = games.step_wait()
             replay = replay.add(obs, games.actions, *outcome, q_values)
             if finished:
-                bar.set_postfix_str(f"return={finished[-1][1]:.1f}, λ=1.00", refresh=False)
+                bar.postfix = f"return={finished[-1][1]:.1f}, λ=1.00"
         if args.teacher_buffer:
             content = {"made_with": made_with, "replay": jax.tree.map(torch.tensor, replay.state_dict())}
             write(partial(torch.save, content), Path(args.teacher_buffer))  # for the sibling as well
@@ -659,7 +664,7 @@ def train(args: Args, stop: Sequence[int] = ()) -> Path:
 
     # Phase 2: the student learns from the teacher's buffer alone.
     if progress.phase == 2:
-        learner.distill_weight = np.float32(args.distill_coef)
+        learner.follow(1.0)
         for bar in steps("offline", args.offline_steps, 1, "charts/offline/avg_episodic_return", 100_000):
             learner.gradient_step(replay)
             step = progress.step + 1
@@ -668,50 +673,48 @@ def train(args: Args, stop: Sequence[int] = ()) -> Path:
             if step % 100 == 0:
                 losses = {name.replace("td_", "q_"): value for name, value in learner.read_metrics().items()}
                 run.log(step, {f"charts/offline/{name}": value for name, value in losses.items() if "loss" in name})
-                bar.set_postfix_str(f"return={np.mean(progress.scores):.1f}, λ=1.00", refresh=False)
+                bar.postfix = f"return={np.mean(progress.scores):.1f}, λ=1.00"
         learner.update_target(tau=1.0)
         progress.phase, progress.step, progress.evaluated, progress.offset = 3, 0, 0, args.offline_steps
         del replay  # room for the student's own
 
     # Phase 3: the student plays on by itself, and the teacher fades.
     replay = FrameReplay.create(args.buffer_size, args.num_envs, num_actions, saved.pop("replay", None))
-    learner.metrics, coefficient, exploration_steps = {}, 0.0, args.exploration_fraction * args.total_timesteps
+    learner.metrics, exploration_steps = {}, args.exploration_fraction * args.total_timesteps
     learning_starts = max(args.learning_starts, (args.n_step + STACK) * args.num_envs)
     games = AtariGames(args, args.num_envs, args.seed + progress.step)
     for bar in steps("online", args.total_timesteps, args.num_envs, "eval/episodic_return", args.eval_frequency):
-        start, begin, global_step = time.perf_counter(), progress.step, progress.offset + progress.step
-        epsilon = linear_schedule(args.start_e, args.end_e, exploration_steps, global_step)
-        if progress.distilling:
-            returns = progress.recent_returns, progress.teacher_return, progress.baseline_return
-            coefficient = distill_coefficient(*returns, begin, args.distill_steps)
-            learner.distill_weight = np.float32(args.distill_coef * coefficient)
-            over = args.distill_latch or (args.distill_steps is not None and begin >= args.distill_steps)
-            progress.distilling = coefficient > 0 or not over
+        start, begin, end = time.perf_counter(), progress.step, progress.step + args.num_envs
+        epsilon = linear_schedule(args.start_e, args.end_e, exploration_steps, progress.offset + begin)
+        returns = progress.recent_returns, progress.teacher_return, progress.baseline_return
+        coefficient = distill_coefficient(*returns, begin, args.distill_steps) if progress.distilling else 0.0
+        over = args.distill_latch or (args.distill_steps is not None and begin >= args.distill_steps)
+        progress.distilling &= coefficient > 0 or not over
+        learning_rate = learner.follow(coefficient) if teacher else args.learning_rate
         obs = jax.device_put(games.obs)
         student = learner.network, learner.state.params
         actions, _ = act(*student, key_of_student, begin, obs, np.float32(epsilon))
         games.step_async(np.asarray(actions))  # they play on while the student learns
-        for step in range(begin + 1, begin + args.num_envs + 1):
+        for step in range(begin + 1, end + 1):
             if step > learning_starts and step % args.train_frequency == 0:
                 learner.gradient_step(replay)
             if step % args.target_network_frequency == 0:
                 learner.update_target(args.tau)
-        teacher_q_values = act(*teacher, key_of_teacher, begin, obs, np.float32(0))[1] if progress.distilling else None
+        teacher_q_values = act(*teacher, key_of_teacher, begin, obs, np.float32(0))[1:] if progress.distilling else []
         *outcome, finished = games.step_wait()
-        replay = replay.add(obs, games.actions, *outcome, teacher_q_values)
+        replay = replay.add(obs, games.actions, *outcome, *teacher_q_values)
         progress.seconds += time.perf_counter() - start
-        global_step += args.num_envs
         for _, game_return, length in finished:
-            run.log(global_step, {"charts/episodic_return": game_return, "charts/episodic_length": length})
+            run.log(progress.offset + end, {"charts/episodic_return": game_return, "charts/episodic_length": length})
             progress.recent_returns = [*progress.recent_returns[-9:], game_return]
         if due(begin, args.num_envs, 100):
-            losses, speed = learner.read_metrics(), (begin + args.num_envs) / progress.seconds
+            losses, speed = learner.read_metrics(), end / progress.seconds
             if not progress.distilling:
                 losses.pop("distill_loss", None)  # there is no teacher to differ from
-            run.log(global_step, {f"losses/{name}": value for name, value in losses.items()})
-            run.log(global_step, {"charts/epsilon": epsilon, "charts/distill_coeff": coefficient, "charts/SPS": speed})
-            mean = np.mean(progress.recent_returns or math.nan)
-            bar.set_postfix_str(f"return={mean:.1f}, λ={coefficient:.2f}", refresh=False)
+            run.log(progress.offset + end, {f"losses/{name}": value for name, value in losses.items()})
+            charts = {"epsilon": epsilon, "distill_coeff": coefficient, "learning_rate": learning_rate, "SPS": speed}
+            run.log(progress.offset + end, {f"charts/{name}": value for name, value in charts.items()})
+            bar.postfix = f"return={np.mean(progress.recent_returns or math.nan):.1f}, λ={coefficient:.2f}"
     run.writer.close()
     score = f"{np.mean(progress.scores):.2f} ± {np.std(progress.scores):.2f}"
     print(f"{run.directory}: {score} over {len(progress.scores)} games")
@@ -761,28 +764,41 @@ def from_torch(state: dict[str, torch.Tensor], num_actions: int) -> dict:
     return unflatten_dict(params)
 
 
-def load_network(path: Path, num_actions: int, flag: str) -> tuple[nn.Module, dict]:
-    """Network and weights in a Flax model, a PyTorch one or a Stable-Baselines3 DQN zip; no file can run code."""
+def load_sb3(path: Path, num_actions: int, temperature: float) -> dict[str, torch.Tensor]:
+    """The Nature CNN in a Stable-Baselines3 zip of DQN, QR-DQN, PPO or A2C with CnnPolicy; ValueError if there is none.
+
+    Logits of the last two, times temperature, stand for Q-values: softmax(Q / temperature) is that agent's policy.
+    """
+    with zipfile.ZipFile(path) as file:
+        its_actions = int(json.loads(file.read("data"))["action_space"].get("n", num_actions))
+        state = load(file.open("policy.pth"))
+    acting = r"(q_net|quantile_net|features_extractor|mlp_extractor\.policy_net|action_net)\."  # but no value_net
+    state = {name: tensor for name, tensor in state.items() if re.match(acting, name)}
+    if its_actions != num_actions or len(state) != 10:
+        raise ValueError(f"no CnnPolicy of DQN, QR-DQN, PPO or A2C for the {num_actions} actions of --env-id")
+    for name in list(state)[-2:]:  # of the last layer: that of QR-DQN gives quantiles, whose mean is linear, too
+        state[name] = state[name].unflatten(0, (-1, num_actions)).mean(0) * (temperature if "action" in name else 1)
+    return state
+
+
+def load_network(path: Path, num_actions: int, flag: str, temperature: float = 1.0) -> tuple[nn.Module, dict]:
+    """Network and weights in a Flax model, a PyTorch one or a Stable-Baselines3 zip; no file can run code."""
     with user_error(f"{flag} {path}: cannot be read"):
         if not zipfile.is_zipfile(path):
             return network_of(serialization.msgpack_restore(path.read_bytes()), num_actions)
-        file = path
-        if "policy.pth" in zipfile.ZipFile(path).namelist():  # torch writes zips as well
-            file = io.BytesIO(zipfile.ZipFile(path).read("policy.pth"))
-        state = torch.load(file, map_location="cpu", weights_only=True)
-        of_sb3 = {name: tensor for name, tensor in state.items() if name.startswith("q_net.")}
-        return network_of(from_torch(of_sb3 or state, num_actions), num_actions)
+        sb3 = "policy.pth" in zipfile.ZipFile(path).namelist()  # torch writes zips as well
+        state = load_sb3(path, num_actions, temperature) if sb3 else load(path)
+        return network_of(from_torch(state, num_actions), num_actions)
 
 
 def find_teacher(args: Args) -> tuple[Path, str]:
     """The teacher's file, and why that one: the path given, the hub's, or, out of its reach, its cache's or ours."""
     if args.teacher != "auto":
         return Path(args.teacher), "as given"
-    from huggingface_hub import errors, get_hf_file_metadata, hf_hub_download, hf_hub_url
-
-    repo = args.teacher_policy_hf_repo or f"cleanrl/{args.env_id}-{args.teacher_model_exp_name}-seed1"
-    name = repo.split("/")[-1]
-    file = f"{name}.zip" if name.startswith("dqn-") else f"{args.teacher_model_exp_name}.cleanrl_model"
+    env_id = re.sub("ALE/(.*)-v5", r"\1NoFrameskip-v4", args.env_id)  # the older name of the same game
+    repo = args.teacher_policy_hf_repo or f"cleanrl/{env_id}-{args.teacher_model_exp_name}-seed1"
+    sb3 = re.search("/((dqn|qrdqn|ppo|a2c)-.*)", repo)
+    file = f"{sb3[1]}.zip" if sb3 else f"{args.teacher_model_exp_name}.cleanrl_model"
     with user_error(f"--teacher-policy-hf-repo {repo}: no {file} from there"):
         try:  # once and not for long: hf_hub_download itself tries again for half a minute and more
             ThreadPoolExecutor(1).submit(get_hf_file_metadata, hf_hub_url(repo, file), timeout=5).result(timeout=8)
@@ -792,8 +808,8 @@ def find_teacher(args: Args) -> tuple[Path, str]:
         except Exception:
             with suppress(errors.LocalEntryNotFoundError):
                 return Path(hf_hub_download(repo, file, local_files_only=True)), f"from the cache of the hub, {repo}"
-    bundled = Path(__file__).parent / "teachers" / f"{args.env_id}.cleanrl_model"
-    if repo != f"cleanrl/{args.env_id}-{Args.teacher_model_exp_name}-seed1" or not bundled.exists():
+    bundled = Path(__file__).parent / "teachers" / f"{env_id}.cleanrl_model"
+    if repo != f"cleanrl/{env_id}-{Args.teacher_model_exp_name}-seed1" or not bundled.exists():
         raise UserError(f"--teacher auto: the hub is out of reach and {repo} not in its cache; give a PATH")
     return bundled, "bundled: the hub is out of reach"
 
@@ -801,9 +817,8 @@ def find_teacher(args: Args) -> tuple[Path, str]:
 def load_teacher_buffer(path: Path, made_with: dict, replay: FrameReplay) -> FrameReplay:
     """`replay` filled from --teacher-buffer; UserError if the file is damaged or was made with other settings."""
     with user_error(f"--teacher-buffer {path}: not a teacher's buffer of this version"):
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        differing = [name for name, value in made_with.items() if content["made_with"][name] != value]
-        if differing:
+        content = load(path)
+        if differing := [name for name, value in made_with.items() if content["made_with"][name] != value]:
             raise UserError(f"--teacher-buffer {path}: made with another {differing[0]}; name another file")
         return replay.load_state_dict(jax.tree.map(np.asarray, content["replay"]))
 
@@ -847,9 +862,7 @@ def film(args: Args, seed: int, actions: list[int], path: Path) -> None:
 
 def upload(args: Args, run_dir: Path | None = None, score: str = "") -> None:
     """Make the hub's repository for the model, which only works if one may; in the end, publish the run there."""
-    from huggingface_hub import EvalResult, HfApi, ModelCardData
-
-    name, task = f"{args.env_id}-{args.exp_name}-seed{args.seed}", "reinforcement-learning"
+    name, task = f"{args.env_id}-{args.exp_name}-seed{args.seed}".replace("/", "-"), "reinforcement-learning"
     with user_error("--upload-model: no way to write there; `hf auth login` first, or another --hf-entity"):
         repo = HfApi().create_repo(f"{args.hf_entity}/{name}".removeprefix("/"), exist_ok=True).repo_id
         if run_dir:
@@ -866,15 +879,15 @@ def validate(args: Args, before: dict) -> None:
     positive = "num_envs buffer_size batch_size n_step train_frequency target_network_frequency learning_rate "
     positive += "adam_eps temperature teacher_eval_episodes eval_episodes"
     shares = "gamma tau start_e end_e exploration_fraction repeat_action_probability"
-    games = [env_id for env_id in gym.registry if env_id.endswith("NoFrameskip-v4")]
+    games = [env_id for env_id in gym.registry if re.fullmatch(r"(ALE/\w+-v5)|(\w+NoFrameskip-v4)", env_id)]
     numbers = {flag: value for flag, value in asdict(args).items() if isinstance(value, int | float)}
     least = (args.n_step + STACK) * args.num_envs  # that a replay needs to be drawn from
     changed = [flag for flag in before if flag not in free.split() and getattr(args, flag) != before[flag]]
     rules = [
-        ("env_id", args.env_id in games, f"not one of ale-py's {len(games)} games, such as PongNoFrameskip-v4"),
+        ("env_id", args.env_id in games, "no game of ale-py's, such as PongNoFrameskip-v4 or ALE/Pong-v5"),
         *((flag, 0 <= number < math.inf, "must not be negative or infinite") for flag, number in numbers.items()),
         *((flag, numbers[flag] > 0, "must be above 0") for flag in positive.split()),
-        *((flag, numbers[flag] <= 1, "must lie between 0 and 1") for flag in shares.split()),
+        *((flag, numbers.get(flag, 0) <= 1, "must lie between 0 and 1") for flag in shares.split()),
         ("buffer_size", args.buffer_size >= least, f"too few: {least} or more"),
         ("teacher_steps", args.teacher == "none" or args.teacher_steps >= 8 * least, f"too few: {8 * least} or more"),
         ("teacher_buffer", os.access(Path(args.teacher_buffer or "_").absolute().parent, os.W_OK), "not writable"),

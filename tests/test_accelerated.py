@@ -21,7 +21,7 @@ import qdagger_dqn_atari_impalacnn as qdagger
 from qdagger_dqn_atari_impalacnn import Args, FrameReplay, Graphed, Learner
 
 ARGS = Args(network="nature", batch_size=4, n_step=2, gamma=0.9, temperature=0.5, huber=True, adam_eps=1e-3)
-ARGS = replace(ARGS, learning_rate=1e-3, amp=False, num_envs=2, seed=3)
+ARGS = replace(ARGS, learning_rate=1e-3, final_learning_rate=5e-4, distill_coef=0.8, amp=False, num_envs=2, seed=3)
 
 
 def add(replay: FrameReplay, rng: np.random.Generator, rows: int) -> None:
@@ -33,7 +33,7 @@ def add(replay: FrameReplay, rng: np.random.Generator, rows: int) -> None:
 
 def learner(device: str = "cpu", **flags) -> tuple[Learner, FrameReplay]:
     made, replay = Learner(replace(ARGS, **flags), 4, torch.device(device)), FrameReplay(100, 2, 4, device)
-    made.distill_weight.fill_(0.5)
+    assert made.follow(0.5) == pytest.approx(7.5e-4)
     add(replay, np.random.default_rng(0), 40)
     return made, replay
 
@@ -49,12 +49,12 @@ def test_two_gradient_steps_and_target_updates_by_hand():
     made.target_network.network[-1].bias += torch.arange(4)  # so that it is another network
     network, stored = copy.deepcopy(made.q_network), copy.deepcopy(vars(replay))
     start, target = weights(network), weights(made.target_network)
-    adam = torch.optim.Adam(network.parameters(), lr=1e-3, eps=1e-3)
+    adam = torch.optim.Adam(network.parameters(), lr=7.5e-4, eps=1e-3)
     for _ in range(2):
         made.gradient_step(replay)
         batch = replay.sample(4, 2, 0.9, generator)
         q_values, next_q_values = network(batch.obs), made.target_network(batch.next_obs)
-        losses = qdagger.qdagger_loss(q_values, next_q_values, batch, 0.5, temperature=0.5, huber=True)
+        losses = qdagger.qdagger_loss(q_values, next_q_values, batch, 0.4, temperature=0.5, huber=True)
         adam.zero_grad()
         losses[0].backward()
         adam.step()
@@ -67,7 +67,7 @@ def test_two_gradient_steps_and_target_updates_by_hand():
     for tau, expected in ((0.0, target), (0.25, target + 0.25 * (student - target)), (1.0, student)):
         made.update_target(tau)
         torch.testing.assert_close(weights(made.target_network), expected, rtol=0, atol=1e-6 if tau == 0.25 else 0)
-    assert torch.equal(weights(made.q_network), student) and made.distill_weight == 0.5
+    assert torch.equal(weights(made.q_network), student) and made.distill_weight == pytest.approx(0.4)
     for worst in (torch.inf, -torch.inf, torch.nan):
         made.metrics["loss"].fill_(worst)
         assert "--learning-rate" in refusal(made.read_metrics)
@@ -89,8 +89,8 @@ def test_faster_variants_learn_the_same_but_for_rounding(monkeypatch, amp, backe
     monkeypatch.setattr(torch.nn.Module, "compile", partialmethod(torch.nn.Module.compile, backend=backend))
     (plain, replay), (fast, _) = learner(), learner(amp=bool(amp), compile=bool(backend))
     obs, start = replay.sample(8, 1, 0.9, torch.Generator()).obs, weights(plain.q_network)
-    exact = plain.q_values(obs)
-    for q_values in (fast.q_values(obs), fast.q_values(obs, fast.target_network)):
+    exact = plain.q_network(obs)
+    for q_values in (fast.q_network(obs), fast.target_network(obs)):
         assert q_values.dtype == torch.float32 and not (amp and torch.equal(q_values, exact))
         assert (q_values - exact).abs().max() < (0.03 if amp else 1e-5) * exact.abs().max()
     for _ in range(8):
@@ -139,7 +139,7 @@ def trained(device: str, graphs: bool, **flags) -> tuple[torch.Tensor, list, lis
     """What 12 rounds make of weights, losses and Q-values, and draws, with all that changes around them in training."""
     (made, replay), rng, numbers, draws = learner(device, **flags), np.random.default_rng(1), [], []
     start, wrap = weights(made.q_network), Graphed if graphs else lambda function, _: function
-    policy = wrap(partial(qdagger.act, made.q_values, made.generator), made.generator)
+    policy = wrap(partial(qdagger.act, made.q_network, made.generator), made.generator)
     step = wrap(partial(made.gradient_step, replay), made.generator)
     for turn in range(12):
         obs = torch.as_tensor(rng.integers(256, size=(8, 4, 84, 84), dtype=np.uint8), device=device)
@@ -148,7 +148,7 @@ def trained(device: str, graphs: bool, **flags) -> tuple[torch.Tensor, list, lis
         numbers += [*made.read_metrics().values(), *q_values.flatten().tolist()]
         draws += [actions.tolist(), made.generator.get_state().tolist()]
         add(replay, rng, 8)  # so that it wraps around
-        made.distill_weight.fill_(turn)
+        numbers.append(made.follow(turn % 2))
         made.update_target(0.7)
     return weights(made.q_network) - start, numbers, draws
 
@@ -185,7 +185,7 @@ def test_three_calls_are_plain_the_fourth_is_captured_and_later_ones_run_no_pyth
 def test_a_replay_lies_on_the_gpu_and_graphs_reuse_their_memory():
     """7,056 bytes per frame and 86 beside it for 18 actions, and all of them there."""
     (made, small), before = learner("cuda"), torch.cuda.memory_allocated()
-    replay = FrameReplay(100_000, 4, 18, made.device)
+    replay = FrameReplay(100_000, 4, 18, "cuda")
     assert (torch.cuda.memory_allocated() - before) / 100_000 == pytest.approx(7056 + 86, rel=0.1)
     assert all(value.is_cuda for value in vars(replay).values() if torch.is_tensor(value))
     step = Graphed(partial(made.gradient_step, small), made.generator)

@@ -125,18 +125,20 @@ def test_several_games_are_those_of_their_seeds(game, num_envs, seed, sticky, ma
     assert ended >= 2 and len({stack.tobytes() for stack in games.obs}) == num_envs
 
 
-def test_actions_stick_only_when_asked():
-    """Not by default, although ale-py's newer environments do; with probability 1 none is ever taken."""
+def test_actions_stick_when_asked_or_when_the_name_says_so():
+    """With probability 0.25 in ALE/GAME-v5, in its namesake never; with probability 1 none is ever taken."""
 
-    def last_images(game: str, actions: np.ndarray, **options) -> np.ndarray:
-        return [images for *_, images, _ in play(new_games(game, 1, 4, **options), actions)][-1]
+    def last_images(env_id: str, actions: np.ndarray, sticky: float | None) -> bytes:
+        games = AtariGames(Args(env_id=env_id, repeat_action_probability=sticky), 1, 4)
+        return [images for *_, images, _ in play(games, actions)][-1].tobytes()
 
-    options = [{"repeat_action_probability": probability} for probability in (0.0, 0.25, 1.0)]
     actions = np.random.default_rng(0).integers(6, size=(100, 1))
-    default, plain, sticky = (last_images("SpaceInvaders", actions, **option) for option in ({}, *options[:2]))
-    assert np.array_equal(default, plain) and not np.array_equal(plain, sticky)
-    left, right = (last_images("Breakout", np.full((30, 1), action), **options[2]) for action in (2, 3))
-    assert np.array_equal(left, right)
+    older, newer = (
+        [last_images(env_id, actions, sticky) for sticky in (None, 0.0, 0.25)]
+        for env_id in ("SpaceInvaders" + KIND, "ALE/SpaceInvaders-v5")
+    )
+    assert older[1:] == newer[1:] and older[0] == older[1] != newer[0] == newer[2]
+    assert last_images("ALE/Breakout-v5", actions * 0 + 2, 1.0) == last_images("ALE/Breakout-v5", actions * 0 + 3, 1.0)
 
 
 def test_a_time_limit_truncates_and_never_terminates(monkeypatch):

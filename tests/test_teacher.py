@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import PROGRAM, Malicious, refusal, saved
-from stable_baselines3 import DQN
+from sb3_contrib import QRDQN, RecurrentPPO
+from stable_baselines3 import A2C, DQN, PPO
 
 import qdagger_dqn_atari_impalacnn as qdagger
 from qdagger_dqn_atari_impalacnn import Args, FrameReplay, QNetwork, TeacherNetwork, find_teacher, load_network
@@ -37,23 +38,50 @@ def test_a_loaded_model_is_the_one_that_was_saved(tmp_path, network_class, dtype
         assert torch.equal(loaded(OBS), network.float().to(memory_format=torch.contiguous_format)(OBS))
 
 
-def sb3(path: Path, policy="CnnPolicy", num_actions=4, shape=(84, 84, 4), **options) -> DQN:
-    """A model of stable-baselines3, which it saves to `path` itself."""
+def sb3(path: Path, algorithm=DQN, policy="CnnPolicy", num_actions=4, shape=(84, 84, 4), **policy_kwargs):
+    """A policy of stable-baselines3, whose model it saves to `path` itself."""
     screen = gym.Env()
     screen.observation_space = gym.spaces.Box(0, 255, shape, np.uint8)
     screen.action_space = gym.spaces.Discrete(num_actions)
-    model = DQN(policy, screen, device="cpu", buffer_size=1, **options)
+    options = {"buffer_size": 1} if algorithm in (DQN, QRDQN) else {}
+    model = algorithm(policy, screen, device="cpu", seed=0, policy_kwargs=policy_kwargs, **options)
+    for name, parameter in model.policy.named_parameters():
+        if name == "action_net.weight":
+            parameter.data *= 300  # or all actions would be as likely at first
     model.save(path)
-    return model
+    return model.policy
 
 
-def test_a_stable_baselines3_zip_has_the_q_values_of_its_model(tmp_path):
-    """Whatever the file is called: what counts is what is in it."""
-    model = sb3(tmp_path / "a.cleanrl_model", num_actions=6)
-    network = load_network(tmp_path / "a.cleanrl_model", 6, "--teacher")
-    with torch.no_grad():
-        assert type(network) is TeacherNetwork and model.q_net(OBS).std() > 0
-        torch.testing.assert_close(network(OBS), model.q_net(OBS), rtol=0, atol=1e-5)
+@pytest.fixture(scope="module")
+def real_obs() -> torch.Tensor:
+    """Observations of 8 games of Pong after half a second."""
+    games = qdagger.AtariGames(Args(env_id=PONG), 8, 1)
+    for action in range(30):
+        games.step_async(np.full(8, action % 6))
+        games.step_wait()
+    return torch.as_tensor(games.obs)
+
+
+AGENTS = [(DQN, {}), (QRDQN, {"n_quantiles": 50}), (PPO, {}), (PPO, {"share_features_extractor": False}), (A2C, {})]
+
+
+@pytest.mark.parametrize("algorithm, options", AGENTS)
+def test_a_stable_baselines3_zip_says_what_its_agent_says(tmp_path, real_obs, algorithm, options):
+    """Q-values, means of quantiles, log-probabilities, whatever the file is called and the temperature."""
+    path, temperature = tmp_path / "a.cleanrl_model", 0.3
+    policy = sb3(path, algorithm, num_actions=6, **options)
+    network = load_network(path, 6, "--teacher", temperature)
+    assert type(network) is TeacherNetwork
+    for obs in (OBS, real_obs):
+        with torch.no_grad():
+            if algorithm in (PPO, A2C):
+                expected = policy.get_distribution(obs).distribution.logits
+                actual = torch.log_softmax(network(obs) / temperature, dim=1)
+            else:
+                expected = policy.q_net(obs) if algorithm is DQN else policy.quantile_net(obs).mean(dim=1)
+                actual = network(obs)
+        assert expected.std() > 1e-3 and torch.equal(actual.argmax(1), expected.argmax(1))
+        torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5)
 
 
 STATE = TeacherNetwork(4).state_dict()
@@ -61,33 +89,42 @@ WHOLE, LAST = saved(STATE), "network.9.bias"
 
 
 def test_what_is_no_model_is_refused_in_a_line(tmp_path):
-    """Cut, empty, another program's or game's, another shape; zips of another game or policy, the latter with as many
-    tensors as a Nature CNN."""
-    sb3(tmp_path / "pong.zip", num_actions=6)
-    sb3(tmp_path / "flat.zip", policy="MlpPolicy", shape=(8,), policy_kwargs={"net_arch": [8] * 4})
+    """Cut, empty, another program's or game's, another shape; zips of another game, also one whose quantiles can be
+    shared out among our actions, frame size, algorithm or policy, one with as many tensors as a Nature CNN."""
+    for num_actions, algorithm in ((6, DQN), (6, PPO), (8, QRDQN)):
+        sb3(tmp_path / f"{algorithm.__name__}.zip", algorithm, num_actions=num_actions)
+    sb3(tmp_path / "small.zip", shape=(64, 64, 4))
+    sb3(tmp_path / "flat.zip", policy="MlpPolicy", shape=(8,), net_arch=[8] * 4)
+    sb3(tmp_path / "flat-ppo.zip", PPO, policy="MlpPolicy", shape=(8,))
+    sb3(tmp_path / "deep.zip", PPO, net_arch=[512])
+    sb3(tmp_path / "recurrent.zip", RecurrentPPO, policy="CnnLstmPolicy")
     contents = [WHOLE[: int(share * len(WHOLE))] for share in (0, 0.001, 0.5, 0.9999)]
-    contents += [np.random.default_rng(0).bytes(5000), (tmp_path / "pong.zip").read_bytes()[:-9]]
+    contents += [np.random.default_rng(0).bytes(5000), (tmp_path / "DQN.zip").read_bytes()[:-9]]
     contents += map(saved, ({}, {4: torch.zeros(4, 4)}, TeacherNetwork(6).state_dict()))
     contents += [saved(STATE | {name: wrong}) for name, wrong in (("network.7.bias", STATE[LAST]), (LAST, [0.0] * 4))]
     for nth, content in enumerate(contents):
         (tmp_path / str(nth)).write_bytes(content)
     for path in [tmp_path, tmp_path / "missing", *tmp_path.iterdir()]:
-        assert refusal(load_network, path, 4, "--teacher").startswith(f"--teacher {path}: ")
+        message = refusal(load_network, path, 4, "--teacher")
+        assert message.startswith(f"--teacher {path}: ") and "\n" not in message
+        assert path.suffix != ".zip" or "for the 4 actions of --env-id" in message
 
 
-def test_no_model_ever_runs_code_and_of_a_zip_only_the_policy_is_read(tmp_path):
+def test_no_model_ever_runs_code_and_of_a_zip_only_the_policy_is_unpickled(tmp_path):
     path, victim = tmp_path / "model", tmp_path / "victim"
     sb3(tmp_path / "model.zip")
-    whole, code = zipfile.ZipFile(tmp_path / "model.zip").read("policy.pth"), saved(Malicious(victim))
+    data, whole = (zipfile.ZipFile(tmp_path / "model.zip").read(name) for name in ("data", "policy.pth"))
+    code = saved(Malicious(victim))
 
-    def load_zip(policy: bytes) -> None:
+    def load_zip(data: bytes, policy: bytes) -> None:
         with zipfile.ZipFile(path, "w") as target:
-            for name, content in {"data": code, "policy.optimizer.pth": code, "policy.pth": policy}.items():
+            for name, content in {"data": data, "policy.optimizer.pth": code, "policy.pth": policy}.items():
                 target.writestr(name, content)
         load_network(path, 4, "--teacher")
 
-    load_zip(whole)
-    assert refusal(load_zip, code).startswith(f"--teacher {path}: ")
+    load_zip(data, whole)
+    for contents in ((data, code), (code, whole)):
+        assert refusal(load_zip, *contents).startswith(f"--teacher {path}: ")
     for content, as_zip in ((Malicious(victim), True), (STATE | {"note": Malicious(victim)}, False)):
         torch.save(content, path, _use_new_zipfile_serialization=as_zip)
         assert refusal(load_network, path, 4, "--teacher").startswith(f"--teacher {path}: ")
@@ -114,12 +151,16 @@ def test_the_default_teacher_comes_from_the_hub_and_then_from_its_cache(hub):
     assert (path.read_bytes(), reason) == (b"new", f"from the cache of the hub, {repo}")
 
 
+SB3_NAMES = [f"{algorithm}-{PONG}" for algorithm in ("dqn", "qrdqn", "ppo", "a2c")]
+
+
 def test_repository_and_file_follow_the_flags(hub):
     c51 = {"teacher_model_exp_name": "c51_atari"}
     for flags, place in [
         ({"env_id": QBERT, **c51}, default(QBERT, "c51_atari")),
         ({"teacher_policy_hf_repo": "bob/teachers", **c51}, ("bob/teachers", "c51_atari.cleanrl_model")),
-        ({"teacher_policy_hf_repo": f"sb3/dqn-{PONG}", **c51}, (f"sb3/dqn-{PONG}", f"dqn-{PONG}.zip")),
+        ({"env_id": "ALE/Qbert-v5", **c51}, default(QBERT, "c51_atari")),
+        *(({"teacher_policy_hf_repo": f"sb3/{name}", **c51}, (f"sb3/{name}", f"{name}.zip")) for name in SB3_NAMES),
     ]:
         hub.files[place] = content = repr(place).encode()
         assert find_teacher(Args(**flags))[0].read_bytes() == content
@@ -133,7 +174,7 @@ def test_out_of_reach_the_bundled_teacher_teaches_within_ten_seconds(hub, silent
     if not silent:
         hub.close()
     start = time.perf_counter()
-    path, reason = find_teacher(Args(env_id=PONG))
+    path, reason = find_teacher(Args(env_id="ALE/Pong-v5" if silent else PONG))
     assert time.perf_counter() - start < 10
     assert (path, reason) == (TEACHERS / f"{PONG}.cleanrl_model", "bundled: the hub is out of reach")
 
@@ -199,7 +240,7 @@ def api(monkeypatch) -> MagicMock:
     """In place of the hub's client; its `mock_calls` have evaluations as well, whose scores are made up."""
     api = MagicMock(**{"evaluate.return_value": [2.0, 5.0]})
     monkeypatch.setattr(qdagger, "evaluate", api.evaluate)
-    monkeypatch.setattr(huggingface_hub, "HfApi", lambda: api)
+    monkeypatch.setattr(qdagger, "HfApi", lambda: api)
     return api
 
 

@@ -255,8 +255,9 @@ def test_wrong_options_get_one_line(tmp_path):
 def test_the_program_is_stopped_and_finishes(tmp_path, make_model):
     flags = "--network=nature --teacher-steps=224 --offline-steps=20 --total-timesteps=400 --learning-starts=200 "
     flags += "--buffer-size=2000 --teacher-eval-episodes=1 --eval-episodes=1 --teacher"
-    options = ["--seeds", 1, "--kinds", "student", "--", *flags.split(), make_model(4, action=1)]
-    process, log = benchmark(tmp_path, *options), tmp_path / f"student-{GAME}-1" / "log"
+    options = ["--env-ids", "ALE/Breakout-v5", "--seeds", 1, "--kinds", "student", "--", *flags.split()]
+    options.append(make_model(4, action=1))
+    process, log = benchmark(tmp_path, *options), tmp_path / "student-ALE-Breakout-v5-1" / "log"
     wait_for(lambda: log.exists() and "online:   " in log.read_text())
     process.terminate()
     assert end(process)[0] == 143
@@ -264,7 +265,8 @@ def test_the_program_is_stopped_and_finishes(tmp_path, make_model):
     assert code == 0 and "--resume" in said
     plot.write_csv(tmp_path, tmp_path / "results.csv")
     rows = plot.read_csv(tmp_path / "results.csv")
-    assert set(rows.run) == {log.parent.name} and rows[rows.tag == "score/games"].value.item() == 2
+    assert set(rows.run) == {log.parent.name} and set(rows.game) == {"Breakout"}
+    assert rows[rows.tag == "score/games"].value.item() == 2
     assert plot.evaluations(rows).step.tolist() == [-20, 0, 400]
 
 

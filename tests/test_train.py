@@ -18,8 +18,8 @@ import qdagger_dqn_atari_impalacnn as qdagger
 from qdagger_dqn_atari_impalacnn import Args, AtariGames, AtariNetwork, FrameReplay, Learner, train
 
 GAME_TAGS = {"charts/episodic_return", "charts/episodic_length"}
-ONLINE_TAGS = {"charts/epsilon", "charts/SPS", "charts/distill_coeff", "eval/episodic_return"}
-ONLINE_TAGS |= {"losses/loss", "losses/td_loss", "losses/q_values"}
+ONLINE_TAGS = {f"charts/{name}" for name in ("epsilon", "SPS", "distill_coeff", "learning_rate")}
+ONLINE_TAGS |= {"losses/loss", "losses/td_loss", "losses/q_values", "eval/episodic_return"}
 OFFLINE_TAGS = {f"charts/offline/{name}" for name in ("loss", "q_loss", "distill_loss", "avg_episodic_return")}
 ACTION = 3  # what the teachers here are fond of
 PHASES = dict(teacher_steps=480, offline_steps=20, total_timesteps=240, learning_starts=100, buffer_size=400)
@@ -205,9 +205,10 @@ def test_a_seed_settles_weights_and_points_and_evaluations_change_nothing(run):
 def test_without_a_teacher_it_is_plain_dqn(run, network, starts, first, layer):
     """No trace of a teacher, lambda 0 and the loss its TD part alone, steps counted from 0; nothing is learned before
     there are, of four games each, seven rows: three rewards and a stack of four."""
-    seen = run(teacher="none", network=network, learning_starts=starts)
+    seen = run(teacher="none", network=network, learning_starts=starts, final_learning_rate=1e-5)
     assert seen.steps.keys() - GAME_TAGS == ONLINE_TAGS and seen.steps["eval/episodic_return"] == [240]
     assert seen.steps["charts/distill_coeff"] == [100, 200] and not seen.values["charts/distill_coeff"].any()
+    assert seen.values["charts/learning_rate"] == pytest.approx(1e-4)
     assert (seen.values["losses/loss"] == seen.values["losses/td_loss"]).all()
     assert seen.stored == list(range(first, 240, 4)) and f"network.{layer}.weight" in seen.weights
 
@@ -233,7 +234,7 @@ def test_the_file_of_the_buffer_is_for_students_of_the_same_teacher_alone(run, t
     assert (len(played), len(played_again)) == (15, 0) and same(first.state_dict(), second.state_dict())
     torch.save(tiny(4).state_dict(), other)
     monkeypatch.setattr(qdagger, "Run", MagicMock())
-    others = dict(env_id="PongNoFrameskip-v4", repeat_action_probability=0.25, num_envs=2, teacher_steps=500)
+    others = dict(env_id="ALE/Pong-v5", repeat_action_probability=0.25, num_envs=2, teacher_steps=500, temperature=1.0)
     for name, value in (others | dict(start_e=0.5, end_e=0.5, teacher=str(other))).items():
         message = refusal(run, teacher_buffer=str(path), **{name: value})
         assert message.startswith(f"--teacher-buffer {path}: made with another {name};")
@@ -244,12 +245,13 @@ KICKSTART = dict(offline_steps=0, temperature=1.0, learning_starts=20)
 
 @pytest.mark.parametrize("baseline, lowest", [("zero", 0), ("random", -2)])
 def test_lambda_is_the_formula_on_the_logged_returns(run, baseline, lowest):
-    """By the last ten games that were over when the step began, 1 before; the loss has it as the weight of its part. A
-    teacher of 2, random play at -2; no offline phase, so no buffer of the teacher's either."""
+    """By the last ten games that were over when the step began, 1 before. It weighs its part of the loss, and the
+    learning rate follows. A teacher of 2, random play at -2; no offline phase, so no buffer of the teacher's either."""
     rng, expected = np.random.default_rng(0), []
     script = {row: rng.uniform(-3, 3 + row / 50, size=1 + row % 3) for row in range(15, 250, 4)}
     evaluate = lambda *_, epsilon=None, **__: [-2.0 if epsilon == 1.0 else 2.0]  # noqa: E731
-    seen = run(evaluate, script=script, return_baseline=baseline, total_timesteps=1000, **KICKSTART)
+    changes = KICKSTART | dict(return_baseline=baseline, total_timesteps=1000, final_learning_rate=1e-5)
+    seen = run(evaluate, script=script, **changes)
     assert seen.values["charts/episodic_return"] == pytest.approx(np.concatenate(list(script.values())))
     assert seen.steps["charts/episodic_return"] == [4 * row for row in script for _ in script[row]]
     assert seen.values["charts/episodic_length"].tolist() == [28] * len(seen.steps["charts/episodic_return"])
@@ -258,6 +260,7 @@ def test_lambda_is_the_formula_on_the_logged_returns(run, baseline, lowest):
         share = (np.mean(last) - lowest) / (2 - lowest) if len(last) == 10 else 0
         expected.append(min(max(1 - share, 0), 1))
     assert seen.values["charts/distill_coeff"] == pytest.approx(expected, abs=1e-6)
+    assert seen.values["charts/learning_rate"] == pytest.approx(1e-5 + 9e-5 * np.array(expected), abs=1e-9)
     assert expected[0] == 1 and sum(0 < value < 1 for value in expected) >= 4 and 0 in expected
     loss, td_loss, distill_loss = (seen.values[f"losses/{name}"] for name in ("loss", "td_loss", "distill_loss"))
     assert loss == pytest.approx(td_loss + 3 * np.array(expected) * distill_loss, rel=1e-5)

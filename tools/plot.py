@@ -75,7 +75,7 @@ def run_rows(directory: Path) -> list[tuple]:
 
 
 def write_csv(benchmark: Path, path: Path) -> None:
-    directories = sorted(start.parent for start in benchmark.glob("*-*NoFrameskip-v4-*/start"))
+    directories = sorted(start.parent for start in benchmark.glob("*-v[45]-*/start"))
     rows = [row for directory in directories for row in run_rows(directory)]
     pd.DataFrame(rows, columns=COLUMNS).to_csv(path, index=False)
 
@@ -85,7 +85,7 @@ def read_csv(path: Path) -> pd.DataFrame:
     rows = pd.read_csv(path, dtype={"run": str})
     if rows.empty:
         raise SystemExit(f"error: {path}: no run has logged anything yet")
-    rows[["kind", "game", "seed"]] = rows.run.str.extract(r"(\w+)-(\w+?)NoFrameskip-v4-(\d+)")
+    rows[["kind", "game", "seed"]] = rows.run.str.extract(r"(\w+)-(?:ALE-)?(\w+?)(?:NoFrameskip-v4|-v5)-(\d+)")
     return rows
 
 

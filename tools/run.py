@@ -72,7 +72,7 @@ class Run:
         """Flags that play the final network, resume the run, or start it."""
         if self.trained.exists():
             model = self.model()
-            env_id = model.parent.name.split("__")[0]
+            env_id = model.parent.name.split("__")[0].replace("ALE-", "ALE/")
             return ["--evaluate", str(model), "--env-id", env_id, "--eval-episodes", str(self.args.games)]
         for checkpoint in self.directory.glob("runs/*/checkpoint*"):
             if checkpoint.suffix in (".pt", ".npz"):
