@@ -39,7 +39,7 @@ from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # torch's threads, when they wait, soon leave the cores to the games
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # waiting threads of torch's soon leave the cores to the games
 
 import ale_py
 import cv2
@@ -84,8 +84,8 @@ class Args:
 
     # DQN
     total_timesteps: int = 10_000_000  # environment steps of the online phase
-    learning_rate: float = 1e-4  # of Adam, while lambda is 1
-    final_learning_rate: float | None = None  # when lambda is 0, linear in between; unset, or no teacher: constant
+    learning_rate: float = 1e-4  # of Adam; with --final-learning-rate, where lambda is 1
+    final_learning_rate: float | None = None  # where lambda is 0, linear in lambda; unset, or no teacher: constant
     adam_eps: float = 1e-8  # of Adam
     buffer_size: int = 1_000_000  # environment steps in the student's replay; 7.06 GB per million
     gamma: float = 0.99  # discount per step
@@ -102,26 +102,26 @@ class Args:
 
     # QDagger
     teacher_steps: int = 500_000  # environment steps of the teacher's buffer
-    offline_steps: int = 500_000  # gradient steps on the teacher's buffer
+    offline_steps: int = 500_000  # gradient steps on the teacher's buffer; 0: no such buffer either
     temperature: float = 0.1  # of both policies in the distillation loss
     distill_coef: float = 3.0  # weight of the distillation loss beside lambda
     distill_steps: int | None = None  # online steps after which lambda is 0; unset: never cut off
     distill_latch: bool = False  # once lambda was 0, keep it there
     return_baseline: Literal["zero", "random"] = "zero"  # lambda compares returns above this baseline
     teacher: str = "auto"  # auto (hub, else bundled), none (plain DQN from scratch), or a path: model or SB3 zip
-    teacher_policy_hf_repo: str | None = None  # hub repository; unset: cleanrl/{env_id}-{teacher_model_exp_name}-seed1
-    teacher_model_exp_name: str = "dqn_atari"  # its file there: {teacher_model_exp_name}.cleanrl_model
+    teacher_policy_hf_repo: str | None = None  # for auto; unset: cleanrl/{env_id}-{teacher_model_exp_name}-seed1
+    teacher_model_exp_name: str = "dqn_atari"  # its file there, .cleanrl_model; an SB3 repository has its own zip
     teacher_eval_episodes: int = 10  # games that measure the teacher
     teacher_buffer: str | None = None  # read the teacher's buffer from this file if it exists, else write it there
 
     # speed
     network: Literal["impala", "nature"] = "impala"  # the network that learns
-    amp: bool = FAST_BFLOAT16  # all layers but the last in bfloat16; the default on a CPU that is faster so
-    capture: bool = True  # on a GPU, replay acting and each gradient step as CUDA graphs
+    amp: bool = FAST_BFLOAT16  # all layers but the last in bfloat16; on by default on CPUs that it makes faster
+    capture: bool = True  # on a GPU, run acting and each gradient step as CUDA graphs
     compile: bool = False  # let torch.compile fuse the networks; needs a C++ compiler, and minutes at the start
 
     # checkpoints and evaluation
-    checkpoint_frequency: int | None = None  # steps or updates per checkpoint; unset: 10 minutes; 0: ends of phases
+    checkpoint_frequency: int | None = None  # steps between them, besides evaluations; unset: 10 minutes; 0: none
     resume: str | None = None  # go on with this run, runs/RUN, from its last checkpoint, with its flags
     eval_frequency: int = 500_000  # online steps between evaluations; 0: at the end only
     eval_episodes: int = 10  # games in each of them
@@ -212,7 +212,7 @@ class ResidualBlock(nn.Module):
 
 
 class ConvSequence(nn.Sequential):
-    """Halves the image: (batch, in_channels, h, w) to (batch, out_channels, ceil(h / 2), ceil(w / 2))."""
+    """In this order: (batch, in_channels, h, w) to half the image, (batch, out_channels, ceil(h / 2), ceil(w / 2))."""
 
     def __init__(self, in_channels: int, out_channels: int):
         super().__init__()
@@ -266,7 +266,7 @@ class FrameReplay:
     Row t holds, for every environment, the newest frame of its observation and what was done there; the next
     observation is that of row t + 1. A stack never reaches into an older episode but repeats its own first frame.
     A truncated step is never drawn, since what it led to is not stored: returns stop before it and bootstrap from where
-    it was taken. The same holds for steps that the agent did not choose, and for the last one before a run was resumed.
+    it was taken. Steps that the agent did not choose, and the last one before a resume, are stored as truncated.
     """
 
     FIELDS = ("actions", "rewards", "terminations", "truncations", "teacher_q_values")  # beside the frames
@@ -317,10 +317,10 @@ class FrameReplay:
         return Batch(obs, self.actions[here], returns, discounts, next_obs, self.teacher_q_values[here])
 
     def stacks(self, times: torch.Tensor, envs: torch.Tensor) -> torch.Tensor:
-        """Observations uint8 (batch, 4, 84, 84) at these rows. One that was never written counts as truncated."""
+        """Observations uint8 (batch, 4, 84, 84) at these rows. A row that was never written counts as truncated."""
         back = torch.arange(STACK, device=self.device)
         before = self.slots(times[:, None] - back[1:], envs[:, None])  # the three rows before, the nearest first
-        age = ((self.terminations[before] | self.truncations[before]).cumsum(1) == 0).sum(1)  # those of this episode
+        age = ((self.terminations[before] | self.truncations[before]).cumsum(1) == 0).sum(1)  # how many are of this one
         slots = self.slots(times[:, None] - back.flip(0).minimum(age[:, None]), envs[:, None])
         return self.frames.index_select(0, slots.flatten()).view(-1, STACK, SIDE, SIDE)
 
@@ -375,7 +375,7 @@ class AtariGames:
     def step_async(self, actions: np.ndarray) -> None:
         """Begin a step with these actions, integers (num_envs,), but where a game or life is to be launched."""
         self.forced = self.launching > 0
-        self.actions = np.where(self.forced, self.launch[-self.launching], actions)  # `launch` from behind
+        self.actions = np.where(self.forced, self.launch[-self.launching], actions)  # counted from the end of `launch`
         self.launching -= self.forced
         self.emulators.send(self.actions)
 
@@ -447,7 +447,7 @@ class Learner(nn.Module):
                 network(torch.zeros((args.num_envs, STACK, SIDE, SIDE), dtype=torch.uint8, device=device))
 
     def follow(self, coefficient: float) -> float:
-        """Weigh the teacher by lambda, and let the learning rate, which is returned, follow it."""
+        """Weigh the teacher by lambda; the learning rate, which is returned, goes with it down to its final one."""
         first, final = self.args.learning_rate, self.args.final_learning_rate
         learning_rate = first if final is None else linear_schedule(final, first, 1, coefficient)
         self.optimizer.param_groups[0]["lr"].fill_(learning_rate)
@@ -490,7 +490,7 @@ class Progress:
     baseline_return: float = 0.0  # mean of random play's, if that is the baseline
     distilling: bool = False  # False is for good: the teacher is asked no more, and its stored Q-values go stale
     recent_returns: list[float] = field(default_factory=list)  # of the last 10 whole online games
-    evaluated: int = 0  # step of this phase's last evaluation
+    evaluated: int = 0  # step of this phase's last evaluation; -1: not even at step 0
     scores: list[float] = field(default_factory=list)  # of its games
 
 
@@ -544,7 +544,7 @@ def train(args: Args, stop: Sequence[int] = ()) -> Path:
     # Phase 0: the teacher is found and measured. A run that is resumed has that behind it.
     if saved:
         with user_error(f"--resume {args.resume}: its checkpoint does not fit"):
-            progress, facts, _ = Progress(**saved["progress"]), saved["facts"], saved["replay"]  # of which later
+            progress, facts, _ = Progress(**saved["progress"]), saved["facts"], saved["replay"]  # which must be there
             teacher = network_of(saved["teacher"], num_actions).to(device) if saved["teacher"] else None
             learner.load_state_dict(saved["networks"])
             learner.optimizer.load_state_dict(learner.optimizer.state_dict() | {"state": saved["optimizer"]})
@@ -573,7 +573,7 @@ def train(args: Args, stop: Sequence[int] = ()) -> Path:
             evaluating = tag and (at_end or due(progress.step - stride, stride, every))  # at step 0 as well
             if evaluating and progress.evaluated != progress.step:  # if not done right before the run was resumed
                 video = run.directory / "videos" / f"{logged}.mp4" if args.capture_video else None
-                with suppress(KeyboardInterrupt):  # a checkpoint first
+                with suppress(KeyboardInterrupt):  # when it is stopped: a checkpoint first
                     scores = evaluate(learner.q_network, args, args.eval_episodes, device, video=video, stop=stop)
                     progress.evaluated, progress.scores = progress.step, scores
                     run.log(logged, {tag: np.mean(scores)})
@@ -603,7 +603,7 @@ def train(args: Args, stop: Sequence[int] = ()) -> Path:
         replay = FrameReplay(args.teacher_steps, teacher_envs, num_actions, device, saved.pop("replay", None))
     if progress.phase == 1 and args.teacher_buffer and Path(args.teacher_buffer).exists():
         load_teacher_buffer(Path(args.teacher_buffer), made_with, replay)
-        progress.phase, progress.step, progress.evaluated = 2, 0, -1  # an evaluation at 0 is still to come
+        progress.phase, progress.step, progress.evaluated = 2, 0, -1
     if progress.phase == 1:
         games = AtariGames(args, teacher_envs, args.seed + 10_000 + progress.step)
         policy = graphed(partial(act, teacher, learner.generator), learner.generator)
@@ -629,7 +629,7 @@ def train(args: Args, stop: Sequence[int] = ()) -> Path:
             step = progress.step + 1
             if step % args.target_network_frequency == 0:
                 learner.update_target(args.tau)
-            if step % 100 == 0:
+            if step % 100 == 0:  # by the names that CleanRL gave them
                 losses = {name.replace("td_", "q_"): value for name, value in learner.read_metrics().items()}
                 run.log(step, {f"charts/offline/{name}": value for name, value in losses.items() if "loss" in name})
                 bar.postfix = f"return={np.mean(progress.scores):.1f}, λ=1.00"
@@ -648,10 +648,10 @@ def train(args: Args, stop: Sequence[int] = ()) -> Path:
     for bar in steps("online", args.total_timesteps, args.num_envs, "eval/episodic_return", args.eval_frequency):
         start, begin, end = time.perf_counter(), progress.step, progress.step + args.num_envs
         epsilon = linear_schedule(args.start_e, args.end_e, exploration_steps, progress.offset + begin)
-        returns = progress.recent_returns, progress.teacher_return, progress.baseline_return
-        coefficient = distill_coefficient(*returns, begin, args.distill_steps) if progress.distilling else 0.0
-        over = args.distill_latch or (args.distill_steps is not None and begin >= args.distill_steps)
-        progress.distilling &= coefficient > 0 or not over
+        measured = progress.recent_returns, progress.teacher_return, progress.baseline_return
+        coefficient = distill_coefficient(*measured, begin, args.distill_steps) if progress.distilling else 0.0
+        for_good = args.distill_latch or (args.distill_steps is not None and begin >= args.distill_steps)
+        progress.distilling &= coefficient > 0 or not for_good
         learning_rate = learner.follow(coefficient) if teacher else args.learning_rate
         obs = torch.as_tensor(games.obs, device=device)
         actions, _ = policy(obs, epsilon)
@@ -684,11 +684,11 @@ def train(args: Args, stop: Sequence[int] = ()) -> Path:
     return run.directory
 
 
-# --- Models, checkpoints, CUDA graphs, publishing, flags: from here on nothing changes the method ---
+# --- Models, checkpoints, CUDA graphs, publishing, flags: the method is above ---
 
 
 def network_of(state: dict[str, torch.Tensor], num_actions: int) -> AtariNetwork:
-    """The frozen network that these are the weights of, in their order; ValueError if none of NETWORKS has such."""
+    """The frozen network of these weights, known by their order and shapes; ValueError if none of NETWORKS fits."""
     for kind in NETWORKS.values():
         network = kind(num_actions).requires_grad_(False)
         with suppress(ValueError, RuntimeError):  # another number of them, or other shapes
@@ -705,8 +705,8 @@ def load_sb3(path: Path, num_actions: int, temperature: float) -> dict[str, torc
     with zipfile.ZipFile(path) as file:
         its_actions = int(json.loads(file.read("data"))["action_space"].get("n", num_actions))
         state = load(file.open("policy.pth"))
-    acting = r"(q_net|quantile_net|features_extractor|mlp_extractor\.policy_net|action_net)\."  # but no value_net
-    state = {name: tensor for name, tensor in state.items() if re.match(acting, name)}
+    aside = r".*(_target|value_net)\.|(pi|vf)_features_extractor\."  # what chooses no action, and copies
+    state = {name: tensor for name, tensor in state.items() if not re.match(aside, name)}
     if its_actions != num_actions or len(state) != 10:
         raise ValueError(f"no CnnPolicy of DQN, QR-DQN, PPO or A2C for the {num_actions} actions of --env-id")
     for name in list(state)[-2:]:  # of the last layer: that of QR-DQN gives quantiles, whose mean is linear, too
@@ -722,7 +722,7 @@ def load_network(path: Path, num_actions: int, flag: str, temperature: float = 1
 
 
 def find_teacher(args: Args) -> tuple[Path, str]:
-    """The teacher's file, and why that one: the path given, the hub's, or, out of its reach, its cache's or ours."""
+    """The teacher's file, and why that one: the path given, else the hub's, else its cache's, else the bundled one."""
     if args.teacher != "auto":
         return Path(args.teacher), "as given"
     env_id = re.sub("ALE/(.*)-v5", r"\1NoFrameskip-v4", args.env_id)  # the older name of the same game
@@ -755,7 +755,7 @@ def load_teacher_buffer(path: Path, made_with: dict, replay: FrameReplay) -> Non
 
 def write(content: dict, path: Path, before: Path | None = None) -> None:
     """torch.save beside `path`, to the disk, then rename: never half a file. What was there is kept as `before`."""
-    part = path.with_name(path.name + ".part")
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")  # several runs may write one teacher's buffer
     with user_error(f"cannot write {path}; once it can be written, --resume"):
         with part.open("wb") as file:
             torch.save(content, file)
@@ -841,7 +841,7 @@ def validate(args: Args, before: dict) -> None:
     shares = "gamma tau start_e end_e exploration_fraction repeat_action_probability"
     games = [env_id for env_id in gym.registry if re.fullmatch(r"(ALE/\w+-v5)|(\w+NoFrameskip-v4)", env_id)]
     numbers = {flag: value for flag, value in asdict(args).items() if isinstance(value, int | float)}
-    least = (args.n_step + STACK) * args.num_envs  # that a replay needs to be drawn from
+    least, buffer = (args.n_step + STACK) * args.num_envs, Path(args.teacher_buffer or __file__)
     changed = [flag for flag in before if flag not in free.split() and getattr(args, flag) != before[flag]]
     rules = [
         ("env_id", args.env_id in games, "no game of ale-py's, such as PongNoFrameskip-v4 or ALE/Pong-v5"),
@@ -850,7 +850,7 @@ def validate(args: Args, before: dict) -> None:
         *((flag, numbers.get(flag, 0) <= 1, "must lie between 0 and 1") for flag in shares.split()),
         ("buffer_size", args.buffer_size >= least, f"too few: {least} or more"),
         ("teacher_steps", args.teacher == "none" or args.teacher_steps >= 8 * least, f"too few: {8 * least} or more"),
-        ("teacher_buffer", os.access(Path(args.teacher_buffer or "_").absolute().parent, os.W_OK), "not writable"),
+        ("teacher_buffer", buffer.exists() or os.access(buffer.absolute().parent, os.W_OK), "not there, nor writable"),
         ("upload_model", args.save_model or not args.upload_model, "there is nothing to upload without --save-model"),
         ("capture_video", not args.capture_video or importlib.util.find_spec("moviepy"), "pip install moviepy"),
         ("track", not args.track or importlib.util.find_spec("wandb"), "pip install wandb"),

@@ -59,7 +59,6 @@ try:
     import jax.numpy as jnp
     import optax
     from flax import serialization, struct
-    from flax.traverse_util import flatten_dict, unflatten_dict
 except ImportError as missing:
     print(f'error: {missing}: pip install -e ".[jax]", on Python 3.11 or newer', file=sys.stderr)
     sys.exit(2)
@@ -89,8 +88,8 @@ class Args:
 
     # DQN
     total_timesteps: int = 10_000_000  # environment steps of the online phase
-    learning_rate: float = 1e-4  # of Adam, while lambda is 1
-    final_learning_rate: float | None = None  # when lambda is 0, linear in between; unset, or no teacher: constant
+    learning_rate: float = 1e-4  # of Adam; with --final-learning-rate, where lambda is 1
+    final_learning_rate: float | None = None  # where lambda is 0, linear in lambda; unset, or no teacher: constant
     adam_eps: float = 1e-8  # of Adam
     buffer_size: int = 1_000_000  # environment steps in the student's replay; 7.06 GB per million
     gamma: float = 0.99  # discount per step
@@ -107,15 +106,15 @@ class Args:
 
     # QDagger
     teacher_steps: int = 500_000  # environment steps of the teacher's buffer
-    offline_steps: int = 500_000  # gradient steps on the teacher's buffer
+    offline_steps: int = 500_000  # gradient steps on the teacher's buffer; 0: no such buffer either
     temperature: float = 0.1  # of both policies in the distillation loss
     distill_coef: float = 3.0  # weight of the distillation loss beside lambda
     distill_steps: int | None = None  # online steps after which lambda is 0; unset: never cut off
     distill_latch: bool = False  # once lambda was 0, keep it there
     return_baseline: Literal["zero", "random"] = "zero"  # lambda compares returns above this baseline
     teacher: str = "auto"  # auto (hub, else bundled), none (plain DQN from scratch), or a path: model or SB3 zip
-    teacher_policy_hf_repo: str | None = None  # hub repository; unset: cleanrl/{env_id}-{teacher_model_exp_name}-seed1
-    teacher_model_exp_name: str = "dqn_atari_jax"  # its file there: {teacher_model_exp_name}.cleanrl_model
+    teacher_policy_hf_repo: str | None = None  # for auto; unset: cleanrl/{env_id}-{teacher_model_exp_name}-seed1
+    teacher_model_exp_name: str = "dqn_atari_jax"  # its file there, .cleanrl_model; an SB3 repository has its own zip
     teacher_eval_episodes: int = 10  # games that measure the teacher
     teacher_buffer: str | None = None  # read the teacher's buffer from this file if it exists, else write it there
 
@@ -124,7 +123,7 @@ class Args:
     amp: bool = False  # all layers but the last in bfloat16
 
     # checkpoints and evaluation
-    checkpoint_frequency: int | None = None  # steps or updates per checkpoint; unset: 10 minutes; 0: ends of phases
+    checkpoint_frequency: int | None = None  # steps between them, besides evaluations; unset: 10 minutes; 0: none
     resume: str | None = None  # go on with this run, runs/RUN, from its last checkpoint, with its flags
     eval_frequency: int = 500_000  # online steps between evaluations; 0: at the end only
     eval_episodes: int = 10  # games in each of them
@@ -164,10 +163,9 @@ def qdagger_loss(q_values, next_q_values, batch: Batch, distill_weight, temperat
     """
     td_target = batch.returns + batch.discounts * next_q_values.max(axis=1)
     q_taken = jnp.take_along_axis(q_values, batch.actions[:, None], axis=1).squeeze(1)
-    td_loss = (optax.huber_loss(q_taken, td_target) if huber else (q_taken - td_target) ** 2).mean()
-    student = jax.nn.log_softmax(q_values / temperature)
-    teacher = jax.nn.log_softmax(batch.teacher_q_values / temperature)
-    distill_loss = (jnp.exp(teacher) * (teacher - student)).sum(axis=1).mean()
+    td_loss = (optax.huber_loss if huber else optax.squared_error)(q_taken, td_target).mean()
+    student, teacher = (jax.nn.log_softmax(each / temperature) for each in (q_values, batch.teacher_q_values))
+    distill_loss = optax.losses.kl_divergence_with_log_targets(student, teacher).mean()
     return td_loss + distill_weight * distill_loss, td_loss, distill_loss
 
 
@@ -192,7 +190,7 @@ def due(step: int, stride: int, every: int) -> bool:
 
 @partial(jax.jit, static_argnums=0)
 def act(network: nn.Module, params: dict, key: jax.Array, step: int, obs: jax.Array, epsilon: np.float32):
-    """epsilon-greedy actions int32 (batch,), and the Q-values (batch, num_actions) behind them."""
+    """epsilon-greedy actions int32 (batch,), drawn by `key` and `step` alone, and Q-values (batch, num_actions)."""
     q_values, keys = network.apply(params, obs), jax.random.split(jax.random.fold_in(key, step))
     random_actions = jax.random.randint(keys[0], (len(obs),), 0, q_values.shape[1])
     explores = jax.random.uniform(keys[1], (len(obs),)) < epsilon
@@ -204,31 +202,24 @@ def act(network: nn.Module, params: dict, key: jax.Array, step: int, obs: jax.Ar
 STACK, SIDE = 4, 84  # frames in an observation, and their height and width
 
 
-def dtype_of_input(x: jax.Array, *weights: jax.Array, **_) -> tuple:
-    """Flax's hook: a layer computes in the dtype of what comes in, not in the wider one of that and its weights."""
-    return x, *(weight.astype(x.dtype) for weight in weights)
-
-
-OPTIONS = dict(kernel_init=nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform"), promote_dtype=dtype_of_input)
-Conv, Dense = partial(nn.Conv, **OPTIONS), partial(nn.Dense, **OPTIONS)  # whose kernels begin as PyTorch's, biases at 0
+INIT = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # of kernels, as PyTorch's; biases begin at 0
+Conv, Dense = partial(nn.Conv, kernel_init=INIT), partial(nn.Dense, kernel_init=INIT)  # float32 unless told a dtype
 
 
 def max_pool(x: jax.Array) -> jax.Array:
     """3 x 3, stride 2, padding 1, by pairs of rows, then of columns: reduce_window's gradient is slow on a CPU."""
-    for axis in (1, 2):
-        pads = [(2, x.shape[axis] % 2) if each == axis else (0, 0) for each in range(4)]  # a pair before the first
-        x = jnp.pad(x, pads, constant_values=-jnp.inf)
-        first, second = jnp.unstack(x.reshape(*x.shape[:axis], -1, 2, *x.shape[axis + 1 :]), axis=axis + 1)
-        pairs, before = jnp.maximum(first, second), jax.lax.slice_in_dim(second, 0, -1, axis=axis)
-        x = jnp.maximum(jax.lax.slice_in_dim(pairs, 1, None, axis=axis), before)
+    for _ in range(2):
+        x = jnp.pad(x, ((0, 0), (2, x.shape[1] % 2), (0, 0), (0, 0)), constant_values=-jnp.inf)  # a pair first
+        first, second = jnp.unstack(x.reshape(len(x), -1, 2, *x.shape[2:]), axis=2)
+        x = jnp.maximum(jnp.maximum(first, second)[:, 1:], second[:, :-1]).swapaxes(1, 2)  # rows 2i, 2i + 1 and 2i - 1
     return x
 
 
 class ResidualBlock(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        inner = Conv(x.shape[-1], (3, 3))(nn.relu(x))
-        return x + Conv(x.shape[-1], (3, 3))(nn.relu(inner))
+        inner = Conv(x.shape[-1], (3, 3), dtype=x.dtype)(nn.relu(x))
+        return x + Conv(x.shape[-1], (3, 3), dtype=x.dtype)(nn.relu(inner))
 
 
 class ConvSequence(nn.Module):
@@ -238,7 +229,7 @@ class ConvSequence(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        x = ResidualBlock()(max_pool(Conv(self.channels, (3, 3))(x)))
+        x = ResidualBlock()(max_pool(Conv(self.channels, (3, 3), dtype=x.dtype)(x)))
         return ResidualBlock()(x)
 
 
@@ -251,7 +242,7 @@ class AtariNetwork(nn.Module):
     @nn.compact
     def __call__(self, obs: jax.Array) -> jax.Array:
         features = self.features(obs.transpose(0, 2, 3, 1).astype(self.dtype) / 255).reshape(len(obs), -1)
-        hidden = nn.relu(Dense(self.hidden)(features))
+        hidden = nn.relu(Dense(self.hidden, dtype=self.dtype)(features))
         return Dense(self.num_actions)(hidden.astype(jnp.float32))
 
 
@@ -273,7 +264,7 @@ class TeacherNetwork(AtariNetwork):
 
     def features(self, x: jax.Array) -> jax.Array:
         for channels, size, stride in ((32, 8, 4), (64, 4, 2), (64, 3, 1)):
-            x = nn.relu(Conv(channels, (size, size), stride, padding="VALID")(x))
+            x = nn.relu(Conv(channels, (size, size), stride, padding="VALID", dtype=x.dtype)(x))
         return x
 
 
@@ -290,16 +281,16 @@ class FrameReplay:
     Row t holds, for every environment, the newest frame of its observation and what was done there; the next
     observation is that of row t + 1. A stack never reaches into an older episode but repeats its own first frame.
     A truncated step is never drawn, since what it led to is not stored: returns stop before it and bootstrap from where
-    it was taken. The same holds for steps that the agent did not choose, and for the last one before a run was resumed.
+    it was taken. Steps that the agent did not choose, and the last one before a resume, are stored as truncated.
     """
 
-    frames: jax.Array  # uint8 (rows * num_envs, 7056), on the device; so is all of it
+    frames: jax.Array  # uint8 (rows * num_envs, 7056); all arrays are on the device
     actions: jax.Array  # int32 (rows * num_envs,)
     rewards: jax.Array  # float32
     terminations: jax.Array  # bool
     truncations: jax.Array  # bool
     teacher_q_values: jax.Array  # float32 (rows * num_envs, num_actions)
-    written: jax.Array  # int32: rows that ever were
+    written: jax.Array  # int32: rows written since the beginning, overwritten ones included
     num_envs: int = struct.field(pytree_node=False)
 
     FIELDS = ("actions", "rewards", "terminations", "truncations", "teacher_q_values")  # beside the frames
@@ -311,10 +302,9 @@ class FrameReplay:
         size = math.ceil(capacity / num_envs) * num_envs
         with user_error("--buffer-size, --teacher-steps: too large for the memory, or not those of the checkpoint"):
             frames, actions = jnp.zeros((size, SIDE * SIDE), jnp.uint8), jnp.zeros(size, jnp.int32)
-            never, teacher_q_values = jnp.zeros(size, bool), jnp.zeros((size, num_actions))
-            fields = actions, jnp.zeros(size), never, ~never, teacher_q_values, jnp.int32(0)
-            replay = jax.block_until_ready(cls(frames, *fields, num_envs))
-            return replay.load_state_dict(state) if state else replay
+            ends, teacher_q_values = (jnp.zeros(size, bool), jnp.ones(size, bool)), jnp.zeros((size, num_actions))
+            replay = cls(frames, actions, jnp.zeros(size), *ends, teacher_q_values, jnp.int32(0), num_envs)
+            return jax.block_until_ready(replay.load_state_dict(state) if state else replay)
 
     def slots(self, times: jax.Array, envs: jax.Array) -> jax.Array:
         """Where the `times`-th rows ever written keep these environments."""
@@ -323,11 +313,9 @@ class FrameReplay:
     @partial(jax.jit, donate_argnums=0)
     def add(self, obs, *fields) -> "FrameReplay":
         """With a row more: the newest frames of uint8 (num_envs, 4, 84, 84), and FIELDS, perhaps not the teacher's."""
-        here, changed = self.slots(self.written, 0), {"written": self.written + 1}
-        for name, values in zip(("frames", *self.FIELDS), (obs[:, -1].reshape(self.num_envs, -1), *fields)):
-            stored = getattr(self, name)
-            changed[name] = jax.lax.dynamic_update_slice_in_dim(stored, values.astype(stored.dtype), here, 0)
-        return self.replace(**changed)
+        put = partial(jax.lax.dynamic_update_slice_in_dim, start_index=self.slots(self.written, 0), axis=0)
+        row = zip(("frames", *self.FIELDS), (obs[:, -1].reshape(self.num_envs, -1), *fields))
+        return self.replace(written=self.written + 1, **{name: put(getattr(self, name), new) for name, new in row})
 
     def sample(self, batch_size: int, n_step: int, gamma: float, key: jax.Array) -> Batch:
         """Draw transitions uniformly, but for the newest n_step rows, whose future is still to come."""
@@ -335,8 +323,7 @@ class FrameReplay:
         oldest = jnp.maximum(self.written - len(self.rewards) // self.num_envs + STACK - 1, 0)  # whose stack is whole
         times = jax.random.randint(key_of_times, (4 * batch_size,), oldest, self.written - n_step)
         envs = jax.random.randint(key_of_envs, (4 * batch_size,), 0, self.num_envs)
-        cut = self.truncations[self.slots(times, envs)]
-        chosen = cut.argsort(stable=True)[:batch_size]  # the first that are not cut, of four times as many
+        chosen = self.truncations[self.slots(times, envs)].argsort()[:batch_size]  # stable: the first not cut
         times, envs = times[chosen], envs[chosen]
 
         ahead = jnp.arange(n_step)
@@ -350,10 +337,10 @@ class FrameReplay:
         return Batch(obs, self.actions[here], returns, discounts, next_obs, self.teacher_q_values[here])
 
     def stacks(self, times: jax.Array, envs: jax.Array) -> jax.Array:
-        """Observations uint8 (batch, 4, 84, 84) at these rows. One that was never written counts as truncated."""
+        """Observations uint8 (batch, 4, 84, 84) at these rows. A row that was never written counts as truncated."""
         back = jnp.arange(STACK)
         before = self.slots(times[:, None] - back[1:], envs[:, None])  # the three rows before, the nearest first
-        age = ((self.terminations[before] | self.truncations[before]).cumsum(1) == 0).sum(1)  # those of this episode
+        age = ((self.terminations[before] | self.truncations[before]).cumsum(1) == 0).sum(1)  # how many are of this one
         slots = self.slots(times[:, None] - jnp.minimum(back[::-1], age[:, None]), envs[:, None])
         return self.frames[slots].reshape(-1, STACK, SIDE, SIDE)
 
@@ -369,16 +356,14 @@ class FrameReplay:
 
     def load_state_dict(self, state: dict) -> "FrameReplay":
         """Restored into one of this shape. Its games are not restored, so the last row counts as truncated."""
-        replay, used = self, len(state["actions"])
+        frames, used = self.frames, len(state["actions"])
         put = jax.jit(partial(jax.lax.dynamic_update_slice_in_dim, axis=0), donate_argnums=0)
         for begin, packed in zip(range(0, used, self.BLOCK), state["frames"], strict=True):
-            frames = np.frombuffer(zlib.decompress(packed), dtype=np.uint8).reshape(-1, SIDE * SIDE)
-            replay = replay.replace(frames=put(replay.frames, frames, begin))
+            frames = put(frames, np.frombuffer(zlib.decompress(packed), np.uint8).reshape(-1, SIDE * SIDE), begin)
         fields = {name: getattr(self, name).at[:used].set(state[name]) for name in self.FIELDS}
-        written = jnp.asarray(state["written"], jnp.int32)
-        last = self.slots(written - 1, jnp.arange(self.num_envs))
+        last = self.slots(state["written"] - 1, np.arange(self.num_envs))
         fields["truncations"] = fields["truncations"].at[last].set(True)
-        return replay.replace(**fields, written=written)
+        return self.replace(frames=frames, **fields, written=jnp.asarray(state["written"], jnp.int32))
 
 
 class AtariGames:
@@ -412,7 +397,7 @@ class AtariGames:
     def step_async(self, actions: np.ndarray) -> None:
         """Begin a step with these actions, integers (num_envs,), but where a game or life is to be launched."""
         self.forced = self.launching > 0
-        self.actions = np.where(self.forced, self.launch[-self.launching], actions)  # `launch` from behind
+        self.actions = np.where(self.forced, self.launch[-self.launching], actions)  # counted from the end of `launch`
         self.launching -= self.forced
         self.emulators.send(self.actions)
 
@@ -477,14 +462,14 @@ class Learner:
     def __init__(self, args: Args, num_actions: int):
         self.args, self.network = args, NETWORKS[args.network](num_actions, jnp.bfloat16 if args.amp else jnp.float32)
         self.key, obs = jax.random.PRNGKey(args.seed), np.zeros((1, STACK, SIDE, SIDE), np.uint8)
-        params, target = (jax.jit(self.network.init)(self.key, obs) for _ in range(2))  # twice: both are donated
+        params, target = (jax.jit(self.network.init)(self.key, obs) for _ in range(2))  # two: `update` donates both
         self.adam = optax.scale_by_adam(eps=args.adam_eps)
         self.state = TrainState(jnp.int32(0), params, target, self.adam.init(params))
         self.distill_weight, self.learning_rate = np.float32(0), np.float32(args.learning_rate)
         self.metrics: dict[str, jax.Array] = {}  # scalars
 
     def follow(self, coefficient: float) -> float:
-        """Weigh the teacher by lambda, and let the learning rate, which is returned, follow it."""
+        """Weigh the teacher by lambda; the learning rate, which is returned, goes with it down to its final one."""
         first, final = self.args.learning_rate, self.args.final_learning_rate
         learning_rate = first if final is None else linear_schedule(final, first, 1, coefficient)
         self.learning_rate, self.distill_weight = map(np.float32, (learning_rate, self.args.distill_coef * coefficient))
@@ -534,7 +519,7 @@ class Progress:
     baseline_return: float = 0.0  # mean of random play's, if that is the baseline
     distilling: bool = False  # False is for good: the teacher is asked no more, and its stored Q-values go stale
     recent_returns: list[float] = field(default_factory=list)  # of the last 10 whole online games
-    evaluated: int = 0  # step of this phase's last evaluation
+    evaluated: int = 0  # step of this phase's last evaluation; -1: not even at step 0
     scores: list[float] = field(default_factory=list)  # of its games
 
 
@@ -577,14 +562,14 @@ def train(args: Args, stop: Sequence[int] = ()) -> Path:
     device, num_actions = jax.devices()[0], AtariGames(args, 1, args.seed).num_actions
     if args.cuda and device.platform == "cpu":
         print('--cuda: no GPU found (pip install "jax[cuda12]"), running on the CPU, where ten million steps take days')
-    learner, progress, teacher = Learner(args, num_actions), Progress(), None  # or the teacher's network and weights
+    learner, progress, teacher = Learner(args, num_actions), Progress(), None  # of a teacher: network and weights
     FrameReplay.create(args.buffer_size, args.num_envs, num_actions)  # if there is no room, that is better known now
     facts = {"device": device.device_kind, "jax": jax.__version__}
 
     # Phase 0: the teacher is found and measured. A run that is resumed has that behind it.
     if saved:
         with user_error(f"--resume {args.resume}: its checkpoint does not fit"):
-            progress, facts, _ = Progress(**saved["progress"]), saved["facts"], saved["replay"]  # of which later
+            progress, facts, _ = Progress(**saved["progress"]), saved["facts"], saved["replay"]  # which must be there
             teacher = saved["teacher"] and network_of(saved["teacher"], num_actions)
             learner.state = restore(learner.state, saved["learner"])
     elif args.teacher != "none":
@@ -609,7 +594,7 @@ def train(args: Args, stop: Sequence[int] = ()) -> Path:
             evaluating = tag and (at_end or due(progress.step - stride, stride, every))  # at step 0 too
             if evaluating and progress.evaluated != progress.step:  # if not done right before the run was resumed
                 video = run.directory / "videos" / f"{logged}.mp4" if args.capture_video else None
-                with suppress(KeyboardInterrupt):  # a checkpoint first
+                with suppress(KeyboardInterrupt):  # when it is stopped: a checkpoint first
                     policy = partial(act, learner.network, learner.state.params)
                     scores = evaluate(policy, args, args.eval_episodes, video=video, stop=stop)
                     progress.evaluated, progress.scores = progress.step, scores
@@ -621,9 +606,8 @@ def train(args: Args, stop: Sequence[int] = ()) -> Path:
                 if args.save_model:
                     model = serialization.to_bytes(learner.state.params)
                     write(lambda file, model=model: file.write(model), run.directory / f"{args.exp_name}.cleanrl_model")
-                state = {"args": asdict(args), "facts": facts, "progress": asdict(progress)}
-                state |= {"learner": serialization.to_state_dict(learner.state), "replay": replay.state_dict()}
-                run.save(state | {"teacher": teacher and teacher[1]})
+                state = dict(args=asdict(args), facts=facts, progress=asdict(progress), teacher=teacher and teacher[1])
+                run.save(state | {"learner": serialization.to_state_dict(learner.state), "replay": replay.state_dict()})
             if stop:
                 raise KeyboardInterrupt(stop[0], f"stopped; go on with: python {sys.argv[0]} --resume {run.directory}")
             if at_end:
@@ -634,9 +618,7 @@ def train(args: Args, stop: Sequence[int] = ()) -> Path:
 
     # Phase 1: the teacher fills its buffer, unless a file has it.
     teacher_envs = 8 * args.num_envs  # the more the faster, since its policy never ages
-    key_of_teacher, key_of_student = jax.random.split(
-        jax.random.PRNGKey(args.seed + 1)
-    )  # the Learner has PRNGKey(seed)
+    key_of_teacher, key_of_student = jax.random.split(jax.random.PRNGKey(args.seed + 1))  # seed is the Learner's
     if teacher and (progress.phase == 1 or not saved):
         run.log(0, {"charts/teacher/avg_episodic_return": progress.teacher_return})
     names = ["env_id", "repeat_action_probability", "num_envs", "teacher_steps", "start_e", "end_e", "temperature"]
@@ -645,7 +627,7 @@ def train(args: Args, stop: Sequence[int] = ()) -> Path:
         replay = FrameReplay.create(args.teacher_steps, teacher_envs, num_actions, saved.pop("replay", None))
     if progress.phase == 1 and args.teacher_buffer and Path(args.teacher_buffer).exists():
         replay = load_teacher_buffer(Path(args.teacher_buffer), made_with, replay)
-        progress.phase, progress.step, progress.evaluated = 2, 0, -1  # an evaluation at 0 is still to come
+        progress.phase, progress.step, progress.evaluated = 2, 0, -1
     if progress.phase == 1:
         games = AtariGames(args, teacher_envs, args.seed + 10_000 + progress.step)
         for bar in steps("teacher buffer", args.teacher_steps, teacher_envs):
@@ -670,7 +652,7 @@ def train(args: Args, stop: Sequence[int] = ()) -> Path:
             step = progress.step + 1
             if step % args.target_network_frequency == 0:
                 learner.update_target(args.tau)
-            if step % 100 == 0:
+            if step % 100 == 0:  # by the names that CleanRL gave them
                 losses = {name.replace("td_", "q_"): value for name, value in learner.read_metrics().items()}
                 run.log(step, {f"charts/offline/{name}": value for name, value in losses.items() if "loss" in name})
                 bar.postfix = f"return={np.mean(progress.scores):.1f}, λ=1.00"
@@ -686,14 +668,13 @@ def train(args: Args, stop: Sequence[int] = ()) -> Path:
     for bar in steps("online", args.total_timesteps, args.num_envs, "eval/episodic_return", args.eval_frequency):
         start, begin, end = time.perf_counter(), progress.step, progress.step + args.num_envs
         epsilon = linear_schedule(args.start_e, args.end_e, exploration_steps, progress.offset + begin)
-        returns = progress.recent_returns, progress.teacher_return, progress.baseline_return
-        coefficient = distill_coefficient(*returns, begin, args.distill_steps) if progress.distilling else 0.0
-        over = args.distill_latch or (args.distill_steps is not None and begin >= args.distill_steps)
-        progress.distilling &= coefficient > 0 or not over
+        measured = progress.recent_returns, progress.teacher_return, progress.baseline_return
+        coefficient = distill_coefficient(*measured, begin, args.distill_steps) if progress.distilling else 0.0
+        for_good = args.distill_latch or (args.distill_steps is not None and begin >= args.distill_steps)
+        progress.distilling &= coefficient > 0 or not for_good
         learning_rate = learner.follow(coefficient) if teacher else args.learning_rate
         obs = jax.device_put(games.obs)
-        student = learner.network, learner.state.params
-        actions, _ = act(*student, key_of_student, begin, obs, np.float32(epsilon))
+        actions, _ = act(learner.network, learner.state.params, key_of_student, begin, obs, np.float32(epsilon))
         games.step_async(np.asarray(actions))  # they play on while the student learns
         for step in range(begin + 1, end + 1):
             if step > learning_starts and step % args.train_frequency == 0:
@@ -723,12 +704,7 @@ def train(args: Args, stop: Sequence[int] = ()) -> Path:
     return run.directory
 
 
-# --- Models, checkpoints, publishing, flags: from here on nothing changes the method ---
-
-
-def shapes_of(network: nn.Module) -> dict:
-    """Its parameters, without values."""
-    return jax.eval_shape(network.init, jax.random.PRNGKey(0), jnp.zeros((1, STACK, SIDE, SIDE), jnp.uint8))
+# --- Models, checkpoints, publishing, flags: the method is above ---
 
 
 def restore(tree, state: dict):
@@ -739,29 +715,24 @@ def restore(tree, state: dict):
     return jax.tree.map(jnp.asarray, serialization.from_state_dict(tree, state))
 
 
-def network_of(params: dict, num_actions: int) -> tuple[nn.Module, dict]:
+def from_torch(tree, state: dict[str, torch.Tensor]):
+    """`tree` with a PyTorch network's weights. There, channels come first, in an image that is flattened, too."""
+    arrays, leaves, channels = [tensor.float().numpy() for tensor in state.values()], [], STACK
+    for weight, bias in zip(arrays[::2], arrays[1::2], strict=True):  # layer by layer, as in `tree`
+        pixels = weight.reshape(len(weight), channels, -1)  # (outputs, channels, pixels); a vector has one pixel
+        leaves += [bias, pixels.transpose(2, 1, 0).reshape(*weight.shape[2:], -1, len(weight))]
+        channels = len(weight)
+    return restore(tree, jax.tree.unflatten(jax.tree.structure(tree), leaves))
+
+
+def network_of(weights: dict, num_actions: int, read: Callable = restore) -> tuple[nn.Module, dict]:
     """The network that these are the weights of; ValueError if none of NETWORKS has such."""
     for kind in NETWORKS.values():
         network = kind(num_actions)
+        shapes = jax.eval_shape(network.init, jax.random.PRNGKey(0), jnp.zeros((1, STACK, SIDE, SIDE), jnp.uint8))
         with suppress(ValueError):  # other names or shapes
-            return network, restore(shapes_of(network), params)
+            return network, read(shapes, weights)
     raise ValueError(f"no weights of a Nature CNN or Impala-CNN for the {num_actions} actions of --env-id")
-
-
-def from_torch(state: dict[str, torch.Tensor], num_actions: int) -> dict:
-    """The same weights in Flax's names and order: channels come last, in the image that is flattened, too."""
-    kind = QNetwork if any("res_block" in name for name in state) else TeacherNetwork
-    names = flatten_dict(shapes_of(kind(num_actions)))
-    layers, arrays = sorted({name[:-1] for name in names}), [tensor.float().numpy() for tensor in state.values()]
-    params, channels = {}, 0
-    for layer, weight, bias in zip(layers, arrays[::2], arrays[1::2], strict=True):  # both in the order of their layers
-        if weight.ndim == 4:
-            kernel = weight.transpose(2, 3, 1, 0)
-        else:  # of channels of pixels; a vector is channels of one pixel
-            kernel = weight.reshape(len(weight), channels, -1).transpose(2, 1, 0).reshape(-1, len(weight))
-        params |= {(*layer, "kernel"): kernel, (*layer, "bias"): bias}
-        channels = len(weight)
-    return unflatten_dict(params)
 
 
 def load_sb3(path: Path, num_actions: int, temperature: float) -> dict[str, torch.Tensor]:
@@ -772,8 +743,8 @@ def load_sb3(path: Path, num_actions: int, temperature: float) -> dict[str, torc
     with zipfile.ZipFile(path) as file:
         its_actions = int(json.loads(file.read("data"))["action_space"].get("n", num_actions))
         state = load(file.open("policy.pth"))
-    acting = r"(q_net|quantile_net|features_extractor|mlp_extractor\.policy_net|action_net)\."  # but no value_net
-    state = {name: tensor for name, tensor in state.items() if re.match(acting, name)}
+    aside = r".*(_target|value_net)\.|(pi|vf)_features_extractor\."  # what chooses no action, and copies
+    state = {name: tensor for name, tensor in state.items() if not re.match(aside, name)}
     if its_actions != num_actions or len(state) != 10:
         raise ValueError(f"no CnnPolicy of DQN, QR-DQN, PPO or A2C for the {num_actions} actions of --env-id")
     for name in list(state)[-2:]:  # of the last layer: that of QR-DQN gives quantiles, whose mean is linear, too
@@ -788,11 +759,11 @@ def load_network(path: Path, num_actions: int, flag: str, temperature: float = 1
             return network_of(serialization.msgpack_restore(path.read_bytes()), num_actions)
         sb3 = "policy.pth" in zipfile.ZipFile(path).namelist()  # torch writes zips as well
         state = load_sb3(path, num_actions, temperature) if sb3 else load(path)
-        return network_of(from_torch(state, num_actions), num_actions)
+        return network_of(state, num_actions, from_torch)
 
 
 def find_teacher(args: Args) -> tuple[Path, str]:
-    """The teacher's file, and why that one: the path given, the hub's, or, out of its reach, its cache's or ours."""
+    """The teacher's file, and why that one: the path given, else the hub's, else its cache's, else the bundled one."""
     if args.teacher != "auto":
         return Path(args.teacher), "as given"
     env_id = re.sub("ALE/(.*)-v5", r"\1NoFrameskip-v4", args.env_id)  # the older name of the same game
@@ -825,7 +796,7 @@ def load_teacher_buffer(path: Path, made_with: dict, replay: FrameReplay) -> Fra
 
 def write(save: Callable, path: Path, before: Path | None = None) -> None:
     """save(file) beside `path`, to the disk, then rename: never half a file. What was there is kept as `before`."""
-    part = path.with_name(path.name + ".part")
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")  # several runs may write one teacher's buffer
     with user_error(f"cannot write {path}; once it can be written, --resume"):
         with part.open("wb") as file:
             save(file)
@@ -881,7 +852,7 @@ def validate(args: Args, before: dict) -> None:
     shares = "gamma tau start_e end_e exploration_fraction repeat_action_probability"
     games = [env_id for env_id in gym.registry if re.fullmatch(r"(ALE/\w+-v5)|(\w+NoFrameskip-v4)", env_id)]
     numbers = {flag: value for flag, value in asdict(args).items() if isinstance(value, int | float)}
-    least = (args.n_step + STACK) * args.num_envs  # that a replay needs to be drawn from
+    least, buffer = (args.n_step + STACK) * args.num_envs, Path(args.teacher_buffer or __file__)
     changed = [flag for flag in before if flag not in free.split() and getattr(args, flag) != before[flag]]
     rules = [
         ("env_id", args.env_id in games, "no game of ale-py's, such as PongNoFrameskip-v4 or ALE/Pong-v5"),
@@ -890,7 +861,7 @@ def validate(args: Args, before: dict) -> None:
         *((flag, numbers.get(flag, 0) <= 1, "must lie between 0 and 1") for flag in shares.split()),
         ("buffer_size", args.buffer_size >= least, f"too few: {least} or more"),
         ("teacher_steps", args.teacher == "none" or args.teacher_steps >= 8 * least, f"too few: {8 * least} or more"),
-        ("teacher_buffer", os.access(Path(args.teacher_buffer or "_").absolute().parent, os.W_OK), "not writable"),
+        ("teacher_buffer", buffer.exists() or os.access(buffer.absolute().parent, os.W_OK), "not there, nor writable"),
         ("upload_model", args.save_model or not args.upload_model, "there is nothing to upload without --save-model"),
         ("capture_video", not args.capture_video or importlib.util.find_spec("moviepy"), "pip install moviepy"),
         ("track", not args.track or importlib.util.find_spec("wandb"), "pip install wandb"),

@@ -16,7 +16,7 @@ MUTANTS = {
     "lambda of a single game": ("if len(returns) < 10:", "if len(returns) < 1:"),
     "lambda cut off a step late": ("step >= distill_steps", "step > distill_steps"),
     "the baseline forgotten": ("(np.mean(returns) - baseline_return)", "np.mean(returns)"),
-    "lambda comes back after the latch": ("over = args.distill_latch or (", "over = ("),
+    "lambda comes back after the latch": ("for_good = args.distill_latch or (", "for_good = ("),
     "epsilon of the online step": ("exploration_steps, progress.offset + begin)", "exploration_steps, begin)"),
     "periodic work one step late": ("(step + stride) // every > step // every", "step // every > (step - 1) // every"),
     # the replay
@@ -60,7 +60,7 @@ MUTANTS = {
     "the optimizer not restored": ('| {"state": saved["optimizer"]}', ""),
     "the generator not restored": ('            learner.generator.set_state(saved["generator"])\n', ""),
     "the checkpoint before is not kept": ("path.replace(before)", "path.unlink()"),
-    "checkpoints written in place": ('part = path.with_name(path.name + ".part")', "part = path"),
+    "checkpoints written in place": ('part = path.with_name(f"{path.name}.{os.getpid()}.part")', "part = path"),
     "points logged twice": ("purge_step=first_step", "purge_step=None"),
     "a file may run code": ('load, map_location="cpu", weights_only=True)', "load, weights_only=False)"),
     # teachers

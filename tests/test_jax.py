@@ -82,7 +82,7 @@ def pair(name: str, num_actions: int = 4, **settings):
     settings = dict(network=name, amp=False, batch_size=8, adam_eps=1.5e-4, final_learning_rate=1e-5) | settings
     theirs = sibling.Learner(sibling.Args(**settings), num_actions, torch.device("cpu"))
     ours = Learner(Args(**settings), num_actions)
-    params = qdagger.restore(ours.state.params, qdagger.from_torch(theirs.q_network.state_dict(), num_actions))
+    params = qdagger.from_torch(ours.state.params, theirs.q_network.state_dict())
     ours.state = ours.state.replace(params=params, target_params=jax.tree.map(jnp.copy, params))
     return ours, theirs
 
@@ -125,7 +125,7 @@ def test_a_batch_gives_both_the_same_loss_gradient_and_weights(name, huber, monk
         assert metrics == pytest.approx(expected, rel=1e-4 if updates > 1 else 1e-5, abs=1e-5)
         if updates == 1:
             gradient = {name: weight.grad for name, weight in theirs.q_network.named_parameters()}
-            gradient = flatten_dict(qdagger.from_torch(gradient, 4), sep="/")
+            gradient = flatten_dict(qdagger.from_torch(ours.state.params, gradient), sep="/")
             moment = flatten_dict(ours.state.opt_state.mu, sep="/")  # a tenth of the first gradient
             for path, values in gradient.items():
                 np.testing.assert_allclose(10 * moment[path], values, atol=1e-4 * np.abs(values).max(), rtol=0)
@@ -133,7 +133,7 @@ def test_a_batch_gives_both_the_same_loss_gradient_and_weights(name, huber, monk
         assert min(moved.values()) > 0
     ours.update_target(0.5), theirs.update_target(0.5)
     for tree, network in ((ours.state.params, theirs.q_network), (ours.state.target_params, theirs.target_network)):
-        for path, values in flatten_dict(qdagger.from_torch(network.state_dict(), 4), sep="/").items():
+        for path, values in flatten_dict(qdagger.from_torch(tree, network.state_dict()), sep="/").items():
             np.testing.assert_allclose(flatten_dict(tree, sep="/")[path], values, atol=2e-5, rtol=0)
     assert int(ours.state.step) == 3
 
@@ -171,7 +171,7 @@ def test_a_row_is_written_in_place():
     """What `add` is given is overwritten, not copied: a million frames would take seconds."""
     replay = FrameReplay.create(64, 4, 2)
     pointer = replay.frames.unsafe_buffer_pointer()
-    row = [np.zeros(4), np.zeros(4), np.zeros(4, bool), np.zeros(4, bool), np.zeros((4, 2))]
+    row = [np.zeros(4, int), np.zeros(4), np.zeros(4, bool), np.zeros(4, bool), np.zeros((4, 2))]
     after = replay.add(np.ones((4, 1, 84, 84), np.uint8), *row)
     assert after.frames.unsafe_buffer_pointer() == pointer and replay.frames.is_deleted()
     assert int(after.written) == 1 and int(after.frames.sum()) == 4 * 84 * 84
@@ -180,11 +180,11 @@ def test_a_row_is_written_in_place():
 @pytest.mark.long
 def test_a_million_frames_have_more_bytes_than_31_bits_count():
     """7.06 GB: the last rows are found again, and those after them at the beginning."""
-    replay, row = FrameReplay.create(1_000_000, 4, 2), [np.zeros(4), np.zeros(4), np.zeros(4, bool), np.zeros(4, bool)]
+    replay, row = FrameReplay.create(1_000_000, 4, 2), [np.zeros(4, kind) for kind in (int, float, bool, bool)]
     replay = replay.replace(written=jnp.int32(249_990))
     for number in range(20):
         images = np.full((4, 1, 84, 84), 10 * number, np.uint8) + np.arange(4, dtype=np.uint8)[:, None, None, None]
-        replay = replay.add(images, *row, None)
+        replay = replay.add(images, *row)
     seen = replay.stacks(jnp.arange(249_993, 250_010), jnp.full(17, 3))
     assert np.asarray(seen[:, -1, 0, 0]).tolist() == [10 * number + 3 for number in range(3, 20)]
     assert np.asarray(replay.frames[:40:4, -1]).tolist() == [10 * number for number in range(10, 20)]

@@ -97,7 +97,7 @@ def test_what_is_no_model_is_refused_in_a_line(tmp_path):
     sb3(tmp_path / "flat.zip", policy="MlpPolicy", shape=(8,), net_arch=[8] * 4)
     sb3(tmp_path / "flat-ppo.zip", PPO, policy="MlpPolicy", shape=(8,))
     sb3(tmp_path / "deep.zip", PPO, net_arch=[512])
-    sb3(tmp_path / "recurrent.zip", RecurrentPPO, policy="CnnLstmPolicy")
+    sb3(tmp_path / "recurrent.zip", RecurrentPPO, policy="CnnLstmPolicy", lstm_hidden_size=512)
     contents = [WHOLE[: int(share * len(WHOLE))] for share in (0, 0.001, 0.5, 0.9999)]
     contents += [np.random.default_rng(0).bytes(5000), (tmp_path / "DQN.zip").read_bytes()[:-9]]
     contents += map(saved, ({}, {4: torch.zeros(4, 4)}, TeacherNetwork(6).state_dict()))
