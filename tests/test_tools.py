@@ -67,7 +67,7 @@ def grid(tmp_path):
 
 
 def test_every_run_is_trained_and_scored_and_what_is_finished_is_skipped(grid):
-    lines = ["--save-model", "--save-model --exp-name 'a b'", "--seed 3"]
+    lines = ["--save-model --repeat-action-probability 0.25", "--save-model --exp-name 'a b'", "--seed 3"]
     assert end(grid(lines, "--line=3"))[0] == 0 and not grid.runs[0].exists()
     code, said = end(grid(lines, "--workers=2", CUDA_VISIBLE_DEVICES="2,5"))
     assert code == 0 and said.count("finished") == 2
@@ -76,6 +76,7 @@ def test_every_run_is_trained_and_scored_and_what_is_finished_is_skipped(grid):
         assert trained.startswith(gpu) and "--env-id PongNoFrameskip-v4 --eval-episodes 2" in evaluated
         assert (run / "score").read_text() == "7.00 ± 1.50 over 2 games of PongNoFrameskip-v4\n"
     assert "--exp-name a b" in calls(grid.runs[1])[0]
+    assert calls(grid.runs[0])[1].endswith("--repeat-action-probability 0.25")
     assert len(calls(grid.runs[2])) == 1  # without a model there is nothing to play with
     assert end(grid(lines)) == (0, "")
     code, said = end(grid(["--save-model --gamma 0.9"]))
