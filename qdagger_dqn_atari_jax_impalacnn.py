@@ -140,7 +140,7 @@ def user_error(problem: str):
     try:
         yield
     except Exception as error:
-        why = (str(error).strip() or type(error).__name__).split("\n")[0][:200]
+        why = re.split(r"\n|\. ", str(error).strip() or type(error).__name__)[0][:200]  # its first sentence
         raise error if isinstance(error, UserError) else UserError(f"{problem} ({why})") from None
 
 
