@@ -2,10 +2,13 @@
 
 import io
 import os
+import shlex
 import shutil
 import signal
+import subprocess
 import sys
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -52,6 +55,29 @@ def points(run: Path) -> dict[str, list]:
         events = EventAccumulator(directory, size_guidance={"scalars": 0}).Reload()
     tags = set(events.Tags()["scalars"]) - {"charts/SPS"}
     return {tag: shown for tag in tags if (shown := [(event.step, event.value) for event in events.Scalars(tag)])}
+
+
+def interrupted(command: list, checkpoint: str, numbers, directory: Path, pause=lambda: 0.0) -> Path:
+    """The run that a program leaves in `directory`: each signal ends it, as from a terminal, `pause()` seconds
+    after it wrote `checkpoint`; it goes on with the command that it printed, at last for 200 steps."""
+    streams = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True, cwd=directory)
+
+    def last_checkpoint() -> int:
+        return max((path.stat().st_mtime_ns for path in directory.glob(f"runs/*/{checkpoint}")), default=0)
+
+    for number in numbers:
+        before, process = last_checkpoint(), subprocess.Popen([sys.executable, *command], **streams)
+        while process.poll() is None and last_checkpoint() <= before:
+            time.sleep(0.02)
+        time.sleep(pause())
+        os.killpg(process.pid, number)
+        output = process.communicate(timeout=100)[0]
+        assert process.returncode == (-9 if number == 9 else 128 + number) and "Traceback" not in output, output
+        if number != 9:
+            command = shlex.split(output.partition("go on with: python ")[2].splitlines()[0])
+    subprocess.run([sys.executable, *command, "--total-timesteps", "200"], cwd=directory, check=True)
+    (run,) = directory.glob("runs/*")
+    return run
 
 
 class Malicious:

@@ -2,12 +2,10 @@
 
 import ast
 import os
-import shlex
 import shutil
 import signal
 import subprocess
 import sys
-import time
 from contextlib import suppress
 from dataclasses import fields
 from functools import partial
@@ -18,7 +16,7 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import pytest
 import torch
-from conftest import PROGRAM, Malicious, points, saved
+from conftest import Malicious, interrupted, points, saved
 
 jax = pytest.importorskip("jax", reason="the extra `jax` is not installed, or Python is older than 3.11")
 
@@ -28,7 +26,7 @@ import test_replay  # noqa: E402
 from flax import serialization  # noqa: E402
 from flax.traverse_util import flatten_dict  # noqa: E402
 from test_resume import steps  # noqa: E402
-from test_teacher import AGENTS, sb3  # noqa: E402
+from test_teacher import AGENTS, OBS, TEACHERS, sb3  # noqa: E402
 from test_train import Clockwork  # noqa: E402
 
 import qdagger_dqn_atari_impalacnn as sibling  # noqa: E402
@@ -40,8 +38,6 @@ CACHE = TemporaryDirectory()
 os.environ |= {"JAX_COMPILATION_CACHE_DIR": CACHE.name, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
 jax.config.update("jax_compilation_cache_dir", CACHE.name)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-TEACHERS = PROGRAM.parent / "teachers"
-OBS = torch.randint(256, (5, 4, 84, 84), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 SAME = "UserError user_error distill_coefficient linear_schedule due AtariGames Progress film find_teacher upload "
 SAME += "validate Learner.read_metrics Run.__init__ Run.log load_sb3"
 
@@ -208,9 +204,8 @@ def test_a_teachers_buffer_serves_both_programs(tmp_path):
         stored, expected = (np.asarray(getattr(each, name))[:20] for each in (back, replay))
         if name == "truncations":
             expected = np.append(expected[:16], [True] * 4)
-        assert (stored == expected).all() and (
-            getattr(theirs, name)[:20].numpy().reshape(expected.shape) == expected
-        ).all(), name
+        in_theirs = getattr(theirs, name)[:20].numpy().reshape(expected.shape)
+        assert (stored == expected).all() and (in_theirs == expected).all(), name
 
 
 class FlaxTeacher(nn.Module):
@@ -415,24 +410,7 @@ def test_real_signals_and_a_kill_end_the_program_and_it_goes_on(tmp_path):
     flags += "--learning-starts 60 --buffer-size 100 --batch-size 4 --teacher-eval-episodes 1 --eval-episodes 1 "
     flags += "--checkpoint-frequency 20 --end-e 0.5 --return-baseline random --no-cuda --teacher"
     command = [qdagger.__file__, *flags.split(), str(TEACHERS / "PongNoFrameskip-v4.cleanrl_model")]
-    streams = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True, cwd=tmp_path)
-
-    def last_checkpoint() -> int:
-        return max((path.stat().st_mtime_ns for path in tmp_path.glob("runs/*/checkpoint.npz")), default=0)
-
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        before, process = last_checkpoint(), subprocess.Popen([sys.executable, *command], **streams)
-        while process.poll() is None and last_checkpoint() <= before:
-            time.sleep(0.02)
-        os.killpg(process.pid, number)
-        output = process.communicate(timeout=100)[0]
-        assert process.returncode == (-9 if number == 9 else 128 + number) and "Traceback" not in output, output
-        if number != 9:
-            command = shlex.split(output.partition("go on with: python ")[2].splitlines()[0])
-    subprocess.run(
-        [sys.executable, *command, "--total-timesteps", "200"], cwd=tmp_path, check=True, capture_output=True
-    )
-    (run,) = tmp_path.glob("runs/*")
+    run = interrupted(command, "checkpoint.npz", (signal.SIGTERM, signal.SIGKILL), tmp_path)
     last = 20 + qdagger.load_checkpoint(run)["progress"]["step"]
     assert steps(run)["charts/distill_coeff"] == list(range(120, last + 1, 100))
 

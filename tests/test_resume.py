@@ -4,11 +4,8 @@ import errno
 import math
 import os
 import random
-import shlex
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -17,7 +14,7 @@ from unittest.mock import MagicMock
 
 import pytest
 import torch
-from conftest import PROGRAM, Malicious, points, refusal, saved
+from conftest import PROGRAM, Malicious, interrupted, points, refusal, saved
 from test_train import SETTINGS, Clockwork, same, tiny
 
 import qdagger_dqn_atari_impalacnn as qdagger
@@ -25,6 +22,7 @@ from qdagger_dqn_atari_impalacnn import Args, Learner, Run, load_checkpoint, tra
 
 NEW = SETTINGS | dict(teacher_steps=512, total_timesteps=320, learning_starts=160, buffer_size=240, num_envs=8)
 NEW |= dict(target_network_frequency=40, eval_frequency=100, train_frequency=8, checkpoint_frequency=0)
+NEW["final_learning_rate"] = 1e-5
 
 
 @pytest.fixture
@@ -119,23 +117,7 @@ def test_real_signals_end_a_run_with_the_command_that_goes_on_and_kills_do_no_ha
     flags = "--num-envs 1 --teacher-steps 112 --offline-steps 20 --learning-starts 60 --buffer-size 100 --no-cuda "
     flags += "--network nature --batch-size 4 --teacher-eval-episodes 1 --eval-episodes 1 --checkpoint-frequency 20"
     command, rng = [PROGRAM, *flags.split(), "--teacher", make_model(4, action=1)], random.Random(0)
-    streams = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True, cwd=tmp_path)
-
-    def last_checkpoint() -> int:
-        return max((path.stat().st_mtime_ns for path in tmp_path.glob("runs/*/checkpoint.pt")), default=0)
-
-    for number in numbers:
-        before, process = last_checkpoint(), subprocess.Popen([sys.executable, *command], **streams)
-        while process.poll() is None and last_checkpoint() <= before:
-            time.sleep(0.02)
-        time.sleep(rng.random())
-        os.killpg(process.pid, number)
-        output = process.communicate(timeout=100)[0]
-        assert process.returncode == (-9 if number == 9 else 128 + number) and "Traceback" not in output, output
-        if number != 9:
-            command = shlex.split(output.partition("go on with: python ")[2].splitlines()[0])
-    subprocess.run([sys.executable, *command, "--total-timesteps", "200"], cwd=tmp_path, check=True)
-    (run,) = tmp_path.glob("runs/*")
+    run = interrupted(command, "checkpoint.pt", numbers, tmp_path, pause=rng.random)
     last = 20 + load_checkpoint(run)["progress"]["step"]
     assert steps(run)["charts/distill_coeff"] == list(range(120, last + 1, 100))
     assert steps(run)["charts/offline/avg_episodic_return"] == [0, 20] and steps(run)["eval/episodic_return"] == [last]

@@ -45,9 +45,8 @@ def sb3(path: Path, algorithm=DQN, policy="CnnPolicy", num_actions=4, shape=(84,
     screen.action_space = gym.spaces.Discrete(num_actions)
     options = {"buffer_size": 1} if algorithm in (DQN, QRDQN) else {}
     model = algorithm(policy, screen, device="cpu", seed=0, policy_kwargs=policy_kwargs, **options)
-    for name, parameter in model.policy.named_parameters():
-        if name == "action_net.weight":
-            parameter.data *= 300  # or all actions would be as likely at first
+    if hasattr(model.policy, "action_net"):
+        model.policy.action_net.weight.data *= 300  # or all actions would be as likely at first
     model.save(path)
     return model.policy
 

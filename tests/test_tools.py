@@ -67,7 +67,7 @@ def grid(tmp_path):
 
 
 def test_every_run_is_trained_and_scored_and_what_is_finished_is_skipped(grid):
-    lines = ["--save-model --repeat-action-probability 0.25", "--save-model --exp-name 'a b'", "--seed 3"]
+    lines = ["--save-model --repeat-action-probability=0.25", "--save-model --exp-name 'a b'", "--seed 3"]
     assert end(grid(lines, "--line=3"))[0] == 0 and not grid.runs[0].exists()
     code, said = end(grid(lines, "--workers=2", CUDA_VISIBLE_DEVICES="2,5"))
     assert code == 0 and said.count("finished") == 2

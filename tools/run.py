@@ -31,7 +31,7 @@ import signal
 import subprocess
 import sys
 import time
-from itertools import chain, pairwise
+from itertools import chain
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -74,8 +74,8 @@ class Run:
             model = self.model()
             env_id = model.parent.name.split("__")[0].replace("ALE-", "ALE/")
             flags = ["--evaluate", str(model), "--env-id", env_id, "--eval-episodes", str(self.args.games)]
-            given = {name: value for name, value in pairwise(self.flags) if name == "--repeat-action-probability"}
-            return [*flags, *chain(*given.items())]
+            sticky = re.findall(r"(--repeat.action.probability)[ =](\S+)", " ".join(self.flags))
+            return [*flags, *chain(*sticky[-1:])]
         for checkpoint in self.directory.glob("runs/*/checkpoint*"):
             if checkpoint.suffix in (".pt", ".npz"):
                 return ["--resume", str(checkpoint.parent)]
