@@ -201,7 +201,6 @@ def act(network: nn.Module, params: dict, key: jax.Array, step: int, obs: jax.Ar
 
 STACK, SIDE = 4, 84  # frames in an observation, and their height and width
 
-
 INIT = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # of kernels, as PyTorch's; biases begin at 0
 Conv, Dense = partial(nn.Conv, kernel_init=INIT), partial(nn.Dense, kernel_init=INIT)  # float32 unless told a dtype
 
@@ -448,12 +447,10 @@ def evaluate(policy: Callable, args: Args, episodes: int, epsilon=None, video=No
 # --- Training ---
 
 
-@struct.dataclass
-class TrainState:
-    step: jax.Array  # int32: how many gradient steps
+class TrainState(NamedTuple):
     params: dict
     target_params: dict
-    opt_state: optax.OptState  # Adam's averages
+    opt_state: optax.ScaleByAdamState  # the averages, and how many gradient steps
 
 
 class Learner:
@@ -464,7 +461,7 @@ class Learner:
         self.key, obs = jax.random.PRNGKey(args.seed), np.zeros((1, STACK, SIDE, SIDE), np.uint8)
         params, target = (jax.jit(self.network.init)(self.key, obs) for _ in range(2))  # two: `update` donates both
         self.adam = optax.scale_by_adam(eps=args.adam_eps)
-        self.state = TrainState(jnp.int32(0), params, target, self.adam.init(params))
+        self.state = TrainState(params, target, self.adam.init(params))
         self.distill_weight, self.learning_rate = np.float32(0), np.float32(args.learning_rate)
         self.metrics: dict[str, jax.Array] = {}  # scalars
 
@@ -478,7 +475,7 @@ class Learner:
     @partial(jax.jit, static_argnums=0, donate_argnums=1)
     def update(self, state: TrainState, replay: FrameReplay, distill_weight: np.float32, learning_rate: np.float32):
         """All of a gradient step as one XLA program: the state after it, which overwrites `state`, and its metrics."""
-        args, key = self.args, jax.random.fold_in(self.key, state.step)
+        args, key = self.args, jax.random.fold_in(self.key, state.opt_state.count)
         batch = replay.sample(args.batch_size, args.n_step, args.gamma, key)
         next_q_values = self.network.apply(state.target_params, batch.next_obs)
 
@@ -490,7 +487,7 @@ class Learner:
         gradient, metrics = jax.grad(loss_of, has_aux=True)(state.params)
         direction, opt_state = self.adam.update(gradient, state.opt_state)
         params = jax.tree.map(lambda weight, change: weight - learning_rate * change, state.params, direction)
-        return state.replace(step=state.step + 1, params=params, opt_state=opt_state), metrics
+        return TrainState(params, state.target_params, opt_state), metrics
 
     def gradient_step(self, replay: FrameReplay) -> None:
         self.state, self.metrics = self.update(self.state, replay, self.distill_weight, self.learning_rate)
@@ -504,7 +501,7 @@ class Learner:
 
     def update_target(self, tau: float) -> None:
         weights = self.state.params, self.state.target_params, np.float32(tau)
-        self.state = self.state.replace(target_params=jax.jit(optax.incremental_update)(*weights))
+        self.state = self.state._replace(target_params=jax.jit(optax.incremental_update)(*weights))
 
 
 @dataclass
@@ -570,8 +567,8 @@ def train(args: Args, stop: Sequence[int] = ()) -> Path:
     if saved:
         with user_error(f"--resume {args.resume}: its checkpoint does not fit"):
             progress, facts, _ = Progress(**saved["progress"]), saved["facts"], saved["replay"]  # which must be there
-            teacher = saved["teacher"] and network_of(saved["teacher"], num_actions)
-            learner.state = restore(learner.state, saved["learner"])
+            teacher = saved["teacher"] and network_of(jax.tree.leaves(saved["teacher"]), num_actions)
+            learner.state = jax.tree.unflatten(jax.tree.structure(learner.state), map(jnp.asarray, saved["learner"]))
     elif args.teacher != "none":
         path, reason = find_teacher(args)
         teacher = load_network(path, num_actions, "--teacher", args.temperature)
@@ -607,7 +604,7 @@ def train(args: Args, stop: Sequence[int] = ()) -> Path:
                     model = serialization.to_bytes(learner.state.params)
                     write(lambda file, model=model: file.write(model), run.directory / f"{args.exp_name}.cleanrl_model")
                 state = dict(args=asdict(args), facts=facts, progress=asdict(progress), teacher=teacher and teacher[1])
-                run.save(state | {"learner": serialization.to_state_dict(learner.state), "replay": replay.state_dict()})
+                run.save(state | {"learner": jax.tree.leaves(learner.state), "replay": replay.state_dict()})
             if stop:
                 raise KeyboardInterrupt(stop[0], f"stopped; go on with: python {sys.argv[0]} --resume {run.directory}")
             if at_end:
@@ -707,32 +704,24 @@ def train(args: Args, stop: Sequence[int] = ()) -> Path:
 # --- Models, checkpoints, publishing, flags: the method is above ---
 
 
-def restore(tree, state: dict):
-    """`tree` with the arrays of `state`; ValueError if they are not the same ones, or of other shapes."""
-    shapes, others = (jax.tree.map(np.shape, serialization.to_state_dict(each)) for each in (tree, state))
-    if shapes != others:
-        raise ValueError("other arrays, or of other shapes")
-    return jax.tree.map(jnp.asarray, serialization.from_state_dict(tree, state))
-
-
-def from_torch(tree, state: dict[str, torch.Tensor]):
-    """`tree` with a PyTorch network's weights. There, channels come first, in an image that is flattened, too."""
-    arrays, leaves, channels = [tensor.float().numpy() for tensor in state.values()], [], STACK
-    for weight, bias in zip(arrays[::2], arrays[1::2], strict=True):  # layer by layer, as in `tree`
-        pixels = weight.reshape(len(weight), channels, -1)  # (outputs, channels, pixels); a vector has one pixel
-        leaves += [bias, pixels.transpose(2, 1, 0).reshape(*weight.shape[2:], -1, len(weight))]
-        channels = len(weight)
-    return restore(tree, jax.tree.unflatten(jax.tree.structure(tree), leaves))
-
-
-def network_of(weights: dict, num_actions: int, read: Callable = restore) -> tuple[nn.Module, dict]:
-    """The network that these are the weights of; ValueError if none of NETWORKS has such."""
+def network_of(weights: list, num_actions: int) -> tuple[nn.Module, dict]:
+    """The network of these weights, known by their order and shapes; ValueError if none of NETWORKS fits."""
     for kind in NETWORKS.values():
         network = kind(num_actions)
         shapes = jax.eval_shape(network.init, jax.random.PRNGKey(0), jnp.zeros((1, STACK, SIDE, SIDE), jnp.uint8))
-        with suppress(ValueError):  # other names or shapes
-            return network, read(shapes, weights)
+        if [np.shape(weight) for weight in weights] == [leaf.shape for leaf in jax.tree.leaves(shapes)]:
+            return network, jax.tree.unflatten(jax.tree.structure(shapes), map(jnp.asarray, weights))
     raise ValueError(f"no weights of a Nature CNN or Impala-CNN for the {num_actions} actions of --env-id")
+
+
+def from_torch(state: dict[str, torch.Tensor]) -> list[np.ndarray]:
+    """A PyTorch network's weights in Flax's order. There, channels come first, in an image that is flattened, too."""
+    arrays, weights, channels = [tensor.float().numpy() for tensor in state.values()], [], STACK
+    for kernel, bias in zip(arrays[::2], arrays[1::2], strict=True):  # layer by layer in both
+        pixels = kernel.reshape(len(kernel), channels, -1)  # (outputs, channels, pixels); a vector has one pixel
+        weights += [bias, pixels.transpose(2, 1, 0).reshape(*kernel.shape[2:], -1, len(kernel))]
+        channels = len(kernel)
+    return weights
 
 
 def load_sb3(path: Path, num_actions: int, temperature: float) -> dict[str, torch.Tensor]:
@@ -756,10 +745,9 @@ def load_network(path: Path, num_actions: int, flag: str, temperature: float = 1
     """Network and weights in a Flax model, a PyTorch one or a Stable-Baselines3 zip; no file can run code."""
     with user_error(f"{flag} {path}: cannot be read"):
         if not zipfile.is_zipfile(path):
-            return network_of(serialization.msgpack_restore(path.read_bytes()), num_actions)
+            return network_of(jax.tree.leaves(serialization.msgpack_restore(path.read_bytes())), num_actions)
         sb3 = "policy.pth" in zipfile.ZipFile(path).namelist()  # torch writes zips as well
-        state = load_sb3(path, num_actions, temperature) if sb3 else load(path)
-        return network_of(state, num_actions, from_torch)
+        return network_of(from_torch(load_sb3(path, num_actions, temperature) if sb3 else load(path)), num_actions)
 
 
 def find_teacher(args: Args) -> tuple[Path, str]:
