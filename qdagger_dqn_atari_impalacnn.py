@@ -168,10 +168,8 @@ def qdagger_loss(q_values, next_q_values, batch: Batch, distill_weight, temperat
     return td_loss + distill_weight * distill_loss, td_loss, distill_loss
 
 
-def distill_coefficient(returns, teacher_return, baseline_return=0.0, step=0, distill_steps=None) -> float:
-    """lambda = 1[t < t0] clip(1 - G_student / G_teacher, 0, 1), mean returns G above the baseline (section 4.1)."""
-    if distill_steps is not None and step >= distill_steps:
-        return 0.0
+def distill_coefficient(returns, teacher_return, baseline_return=0.0) -> float:
+    """lambda = clip(1 - G_student / G_teacher, 0, 1), mean returns G above the baseline (section 4.1)."""
     if len(returns) < 10:  # too few games to tell
         return 1.0
     return float(np.clip(1 - (np.mean(returns) - baseline_return) / (teacher_return - baseline_return), 0, 1))
@@ -182,9 +180,9 @@ def linear_schedule(start: float, end: float, duration: float, step: int) -> flo
     return end if step >= duration else start + (end - start) * step / duration
 
 
-def due(step: int, stride: int, every: int) -> bool:
-    """Whether a multiple of `every` lies in (step, step + stride]: periodic work under any stride; never if 0."""
-    return every > 0 and (step + stride) // every > step // every
+def due(begin: int, end: int, every: int) -> bool:
+    """Whether a multiple of `every` lies in (begin, end]: periodic work under any stride; never if 0."""
+    return every > 0 and end // every > begin // every
 
 
 @torch.no_grad()
@@ -263,10 +261,10 @@ NETWORKS = {"impala": QNetwork, "nature": TeacherNetwork}
 class FrameReplay:
     """Uniform replay that stores each frame once, 7,056 bytes, and rebuilds stacks of four when it is sampled.
 
-    Row t holds, for every environment, the newest frame of its observation and what was done there; the next
-    observation is that of row t + 1. A stack never reaches into an older episode but repeats its own first frame.
-    A truncated step is never drawn, since what it led to is not stored: returns stop before it and bootstrap from where
-    it was taken. Steps that the agent did not choose, and the last one before a resume, are stored as truncated.
+    Number t * num_envs + i is step t of environment i: its observation's newest frame, and what was done there. The
+    next observation is that of step t + 1. A stack never reaches into an older episode but repeats its own first frame.
+    A truncated step is passed over by a draw, since what it led to is not stored: returns stop before it and bootstrap
+    from where it was taken. Steps not of the agent's choice, and the last before a resume, are stored as truncated.
     """
 
     FIELDS = ("actions", "rewards", "terminations", "truncations", "teacher_q_values")  # beside the frames
@@ -274,8 +272,8 @@ class FrameReplay:
 
     def __init__(self, capacity: int, num_envs: int, num_actions: int, device="cpu", state: dict | None = None):
         """Room for `capacity` environment steps, of all environments together; and what is in `state`, a state_dict."""
-        self.num_envs, self.rows, self.device = num_envs, math.ceil(capacity / num_envs), device
-        size, zeros = self.rows * num_envs, partial(torch.zeros, device=device)
+        self.num_envs, self.size, self.device = num_envs, math.ceil(capacity / num_envs) * num_envs, device
+        size, zeros = self.size, partial(torch.zeros, device=device)
         with user_error("--buffer-size, --teacher-steps: too large for the memory, or not those of the checkpoint"):
             self.frames = torch.empty((size, SIDE, SIDE), dtype=torch.uint8, device=device)
             self.actions, self.rewards = zeros(size, dtype=torch.int64), zeros(size)
@@ -285,48 +283,42 @@ class FrameReplay:
             if state:
                 self.load_state_dict(state)
 
-    def slots(self, times: torch.Tensor, envs: torch.Tensor) -> torch.Tensor:
-        """Where the `times`-th rows ever written keep these environments."""
-        return times % self.rows * self.num_envs + envs
-
     def add(self, *row) -> None:
-        """Write a row: the newest frames, uint8 (num_envs, 84, 84), and FIELDS; the teacher's may be left out."""
-        here = self.slots(self.written, torch.arange(self.num_envs, device=self.device))
+        """Write a step of each: the newest frames, uint8 (num_envs, 84, 84), and FIELDS, perhaps not the teacher's."""
+        here = (self.written * self.num_envs + torch.arange(self.num_envs, device=self.device)) % self.size
         for name, values in zip(("frames", *self.FIELDS), row):
             getattr(self, name)[here] = torch.as_tensor(values, device=self.device)
         self.written += 1
 
     def sample(self, batch_size: int, n_step: int, gamma: float, generator: torch.Generator) -> Batch:
-        """Draw transitions uniformly, but for the newest n_step rows, whose future is still to come."""
-        draw = partial(torch.rand, 4 * batch_size, dtype=torch.float64, generator=generator, device=self.device)
-        oldest = (self.written - self.rows + STACK - 1).clamp(min=0)  # whose stack is still whole
-        times = oldest + (draw() * (self.written - n_step - oldest)).long()
-        envs = (draw() * self.num_envs).long()
-        cut = self.truncations[self.slots(times, envs)]
-        chosen = cut.long().argsort(stable=True)[:batch_size]  # the first that are not cut, of four times as many
-        times, envs = times[chosen], envs[chosen]
+        """Draw transitions uniformly, but for the newest n_step of each environment, whose future is still to come."""
+        size, num_envs, ahead = self.size, self.num_envs, torch.arange(n_step, device=self.device)
+        oldest = ((self.written + STACK - 1) * num_envs - size).clamp(min=0)  # whose stack is still whole
+        draw = torch.rand(4 * batch_size, dtype=torch.float64, generator=generator, device=self.device)
+        numbers = oldest + (draw * ((self.written - n_step) * num_envs - oldest)).long()
+        cut = self.truncations[numbers % size].long()
+        numbers = numbers[cut.argsort(stable=True)[:batch_size]]  # the first that are not cut, of four times as many
 
-        ahead = torch.arange(n_step, device=self.device)
-        window = self.slots(times[:, None] + ahead, envs[:, None])  # (batch, n_step)
+        window = (numbers[:, None] + ahead * num_envs) % size  # (batch, n_step)
         terminations, truncations = self.terminations[window].long(), self.truncations[window].long()
         counted = (terminations.cumsum(1) - terminations + truncations.cumsum(1)) == 0  # the terminating step as well
         here, steps = window[:, 0], counted.sum(1)
         returns = (self.rewards[window] * counted * gamma**ahead).sum(1)
         discounts = gamma**steps * ~(terminations * counted).any(1)
-        obs, next_obs = self.stacks(times, envs), self.stacks(times + steps, envs)
+        obs, next_obs = self.stacks(numbers), self.stacks(numbers + steps * num_envs)
         return Batch(obs, self.actions[here], returns, discounts, next_obs, self.teacher_q_values[here])
 
-    def stacks(self, times: torch.Tensor, envs: torch.Tensor) -> torch.Tensor:
-        """Observations uint8 (batch, 4, 84, 84) at these rows. A row that was never written counts as truncated."""
+    def stacks(self, numbers: torch.Tensor) -> torch.Tensor:
+        """Observations uint8 (batch, 4, 84, 84) at these steps. What was never written counts as truncated."""
         back = torch.arange(STACK, device=self.device)
-        before = self.slots(times[:, None] - back[1:], envs[:, None])  # the three rows before, the nearest first
+        before = (numbers[:, None] - back[1:] * self.num_envs) % self.size  # the three steps before, the nearest first
         age = ((self.terminations[before] | self.truncations[before]).cumsum(1) == 0).sum(1)  # how many are of this one
-        slots = self.slots(times[:, None] - back.flip(0).minimum(age[:, None]), envs[:, None])
-        return self.frames.index_select(0, slots.flatten()).view(-1, STACK, SIDE, SIDE)
+        numbers = (numbers[:, None] - back.flip(0).minimum(age[:, None]) * self.num_envs) % self.size
+        return self.frames.index_select(0, numbers.flatten()).view(-1, STACK, SIDE, SIDE)
 
     def state_dict(self) -> dict:
         """All that was written, the frames compressed by several threads."""
-        used = min(int(self.written), self.rows) * self.num_envs
+        used = min(int(self.written) * self.num_envs, self.size)
         with ThreadPoolExecutor() as pool:
             packed = pool.map(lambda block: zlib.compress(block.cpu().numpy(), 1), self.frames[:used].split(self.BLOCK))
             frames = [torch.frombuffer(bytearray(block), dtype=torch.uint8) for block in packed]
@@ -334,14 +326,15 @@ class FrameReplay:
         return fields | {"written": self.written, "frames": frames}
 
     def load_state_dict(self, state: dict) -> None:
-        """Restore a replay of this shape. Its games are not restored, so the last row counts as truncated."""
+        """Restore a replay of this shape. Its games are not restored, so the last step of each counts as truncated."""
         used = len(state["actions"])
         for block, packed in zip(self.frames[:used].split(self.BLOCK), state["frames"]):
             block.copy_(torch.tensor(np.frombuffer(zlib.decompress(packed.numpy()), dtype=np.uint8)).view_as(block))
         for name in self.FIELDS:
             getattr(self, name)[:used] = state[name]
         self.written.copy_(state["written"])
-        self.truncations.view(self.rows, self.num_envs)[(self.written - 1) % self.rows] = True
+        newest = self.written * self.num_envs - 1 - torch.arange(self.num_envs, device=self.device)
+        self.truncations[newest % self.size] = True
 
 
 class AtariGames:
@@ -395,8 +388,8 @@ class AtariGames:
         return np.sign(rewards, dtype=np.float32), over | life_lost, truncated | self.forced, finished
 
 
-def evaluate(network: Callable, args: Args, episodes: int, device, epsilon=None, video=None, stop=()) -> list[float]:
-    """Raw returns of `episodes` whole games at epsilon, by default end_e; the first is filmed if `video` is a path.
+def evaluate(network: Callable, args: Args, episodes: int, device, video=None, stop=(), epsilon=None) -> list[float]:
+    """Raw returns of `episodes` whole games at epsilon, by default end_e; --capture-video films the first to `video`.
 
     Games and generator are its own: an evaluation changes nothing in the training around it. How many each of up to ten
     environments plays is fixed beforehand, so that short games are not preferred.
@@ -418,7 +411,7 @@ def evaluate(network: Callable, args: Args, episodes: int, device, epsilon=None,
                     left[env] -= 1
                     returns.append(game_return)
                     bar.update()
-    if video:
+    if video and args.capture_video:
         film(args, seed, actions_of_first, video)
     return returns
 
@@ -569,16 +562,16 @@ def train(args: Args, stop: Sequence[int] = ()) -> Path:
         """The loop of a phase: a progress bar before each step; in between, evaluations, checkpoints, and the end."""
         bar = tqdm(total=total, initial=progress.step, desc=name, unit="update" if name == "offline" else "step")
         while True:
-            at_end, logged = progress.step >= total, progress.offset + progress.step
-            evaluating = tag and (at_end or due(progress.step - stride, stride, every))  # at step 0 as well
+            before, at_end, logged = progress.step - stride, progress.step >= total, progress.offset + progress.step
+            evaluating = tag and (at_end or due(before, progress.step, every))  # at step 0 as well
             if evaluating and progress.evaluated != progress.step:  # if not done right before the run was resumed
-                video = run.directory / "videos" / f"{logged}.mp4" if args.capture_video else None
+                video = run.directory / f"videos/{logged}.mp4"
                 with suppress(KeyboardInterrupt):  # when it is stopped: a checkpoint first
-                    scores = evaluate(learner.q_network, args, args.eval_episodes, device, video=video, stop=stop)
+                    scores = evaluate(learner.q_network, args, args.eval_episodes, device, video, stop)
                     progress.evaluated, progress.scores = progress.step, scores
                     run.log(logged, {tag: np.mean(scores)})
             by_time = args.checkpoint_frequency is None and time.monotonic() > run.next_save
-            by_step = progress.step > 0 and due(progress.step - stride, stride, args.checkpoint_frequency or 0)
+            by_step = progress.step > 0 and due(before, progress.step, args.checkpoint_frequency or 0)
             if by_time or by_step or evaluating or stop or at_end:
                 learner.read_metrics()  # nothing is kept that has diverged
                 if args.save_model:
@@ -649,9 +642,9 @@ def train(args: Args, stop: Sequence[int] = ()) -> Path:
         start, begin, end = time.perf_counter(), progress.step, progress.step + args.num_envs
         epsilon = linear_schedule(args.start_e, args.end_e, exploration_steps, progress.offset + begin)
         measured = progress.recent_returns, progress.teacher_return, progress.baseline_return
-        coefficient = distill_coefficient(*measured, begin, args.distill_steps) if progress.distilling else 0.0
-        for_good = args.distill_latch or (args.distill_steps is not None and begin >= args.distill_steps)
-        progress.distilling &= coefficient > 0 or not for_good
+        progress.distilling &= args.distill_steps is None or begin < args.distill_steps
+        coefficient = distill_coefficient(*measured) if progress.distilling else 0.0
+        progress.distilling &= coefficient > 0 or not args.distill_latch
         learning_rate = learner.follow(coefficient) if teacher else args.learning_rate
         obs = torch.as_tensor(games.obs, device=device)
         actions, _ = policy(obs, epsilon)
@@ -668,13 +661,13 @@ def train(args: Args, stop: Sequence[int] = ()) -> Path:
         for _, game_return, length in finished:
             run.log(progress.offset + end, {"charts/episodic_return": game_return, "charts/episodic_length": length})
             progress.recent_returns = [*progress.recent_returns[-9:], game_return]
-        if due(begin, args.num_envs, 100):
-            losses, speed = learner.read_metrics(), end / progress.seconds
+        if due(begin, end, 100):
+            scalars = {f"losses/{name}": value for name, value in learner.read_metrics().items()}
             if not progress.distilling:
-                losses.pop("distill_loss", None)  # there is no teacher to differ from
-            run.log(progress.offset + end, {f"losses/{name}": value for name, value in losses.items()})
-            charts = {"epsilon": epsilon, "distill_coeff": coefficient, "learning_rate": learning_rate, "SPS": speed}
-            run.log(progress.offset + end, {f"charts/{name}": value for name, value in charts.items()})
+                scalars.pop("losses/distill_loss", None)  # there is no teacher to differ from
+            scalars |= {"charts/epsilon": epsilon, "charts/distill_coeff": coefficient}
+            scalars |= {"charts/learning_rate": learning_rate, "charts/SPS": end / progress.seconds}
+            run.log(progress.offset + end, scalars)
             bar.postfix = f"return={np.mean(progress.recent_returns or math.nan):.1f}, λ={coefficient:.2f}"
     run.writer.close()
     score = f"{np.mean(progress.scores):.2f} ± {np.std(progress.scores):.2f}"
@@ -866,8 +859,7 @@ def play(args: Args, stop: Sequence[int]) -> None:
     validate(args, {})
     device, path = "cuda" if args.cuda and torch.cuda.is_available() else "cpu", Path(args.evaluate)
     network = load_network(path, AtariGames(args, 1, args.seed).num_actions, "--evaluate").to(device)
-    video = path.parent / "videos" / "evaluation.mp4" if args.capture_video else None
-    returns = evaluate(network, args, args.eval_episodes, device, video=video, stop=stop)
+    returns = evaluate(network, args, args.eval_episodes, device, path.parent / "videos/evaluation.mp4", stop)
     print(*(f"game {game}: {game_return:g}" for game, game_return in enumerate(returns, 1)), sep="\n")
     print(f"{np.mean(returns):.2f} ± {np.std(returns):.2f} over {len(returns)} games of {args.env_id}")
 

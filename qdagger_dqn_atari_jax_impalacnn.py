@@ -18,7 +18,7 @@ The loss is the same in phases 2 and 3; its terms are means over a batch:
     loss         = td_loss + distill_coef · λ · distill_loss
     λ            = 1[t < distill_steps] · clip(1 − G_student / G_teacher, 0, 1)    with mean returns G
 
-Its sibling in PyTorch is qdagger_dqn_atari_impalacnn.py. Random numbers follow from the seed and the count of steps.
+Random numbers follow from the seed and the number of the step. The sibling in PyTorch: qdagger_dqn_atari_impalacnn.py.
 """
 
 import hashlib
@@ -169,10 +169,8 @@ def qdagger_loss(q_values, next_q_values, batch: Batch, distill_weight, temperat
     return td_loss + distill_weight * distill_loss, td_loss, distill_loss
 
 
-def distill_coefficient(returns, teacher_return, baseline_return=0.0, step=0, distill_steps=None) -> float:
-    """lambda = 1[t < t0] clip(1 - G_student / G_teacher, 0, 1), mean returns G above the baseline (section 4.1)."""
-    if distill_steps is not None and step >= distill_steps:
-        return 0.0
+def distill_coefficient(returns, teacher_return, baseline_return=0.0) -> float:
+    """lambda = clip(1 - G_student / G_teacher, 0, 1), mean returns G above the baseline (section 4.1)."""
     if len(returns) < 10:  # too few games to tell
         return 1.0
     return float(np.clip(1 - (np.mean(returns) - baseline_return) / (teacher_return - baseline_return), 0, 1))
@@ -183,18 +181,17 @@ def linear_schedule(start: float, end: float, duration: float, step: int) -> flo
     return end if step >= duration else start + (end - start) * step / duration
 
 
-def due(step: int, stride: int, every: int) -> bool:
-    """Whether a multiple of `every` lies in (step, step + stride]: periodic work under any stride; never if 0."""
-    return every > 0 and (step + stride) // every > step // every
+def due(begin: int, end: int, every: int) -> bool:
+    """Whether a multiple of `every` lies in (begin, end]: periodic work under any stride; never if 0."""
+    return every > 0 and end // every > begin // every
 
 
 @partial(jax.jit, static_argnums=0)
-def act(network: nn.Module, params: dict, key: jax.Array, step: int, obs: jax.Array, epsilon: np.float32):
+def act(network: nn.Module, params: dict, key: jax.Array, step: int, obs: jax.Array, epsilon: float):
     """epsilon-greedy actions int32 (batch,), drawn by `key` and `step` alone, and Q-values (batch, num_actions)."""
-    q_values, keys = network.apply(params, obs), jax.random.split(jax.random.fold_in(key, step))
-    random_actions = jax.random.randint(keys[0], (len(obs),), 0, q_values.shape[1])
-    explores = jax.random.uniform(keys[1], (len(obs),)) < epsilon
-    return jnp.where(explores, random_actions, q_values.argmax(1)), q_values
+    q_values, draws = network.apply(params, obs), jax.random.uniform(jax.random.fold_in(key, step), (2, len(obs)))
+    random_actions = (draws[0] * q_values.shape[1]).astype(int)
+    return jnp.where(draws[1] < epsilon, random_actions, q_values.argmax(1)), q_values
 
 
 # --- Networks: Flax names their parameters by class and order, as in the files on the hub ---
@@ -228,13 +225,27 @@ class ConvSequence(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        x = ResidualBlock()(max_pool(Conv(self.channels, (3, 3), dtype=x.dtype)(x)))
-        return ResidualBlock()(x)
+        convolution = Conv(self.channels, (3, 3), dtype=x.dtype)
+        return nn.Sequential([convolution, max_pool, ResidualBlock(), ResidualBlock()])(x)
+
+
+def impala(x: jax.Array) -> jax.Array:
+    """The student: Impala-CNN (Espeholt et al., 2018). Its sequences turn 84 pixels a side into 42, 21 and 11."""
+    return nn.Sequential([*map(ConvSequence, (16, 32, 32)), nn.relu])(x)
+
+
+def nature(x: jax.Array) -> jax.Array:
+    """The teacher: the Nature CNN (Mnih et al., 2015)."""
+    for channels, size, stride in ((32, 8, 4), (64, 4, 2), (64, 3, 1)):
+        x = nn.relu(Conv(channels, (size, size), stride, padding="VALID", dtype=x.dtype)(x))
+    return x
 
 
 class AtariNetwork(nn.Module):
     """Q-values float32 (batch, num_actions) from observations uint8 (batch, 4, 84, 84)."""
 
+    features: Callable
+    hidden: int
     num_actions: int
     dtype: type = jnp.float32  # of all layers but the last: bfloat16 is too coarse to tell one action from another
 
@@ -245,29 +256,7 @@ class AtariNetwork(nn.Module):
         return Dense(self.num_actions)(hidden.astype(jnp.float32))
 
 
-class QNetwork(AtariNetwork):
-    """The student: Impala-CNN (Espeholt et al., 2018). Its sequences turn 84 pixels a side into 42, 21 and 11."""
-
-    hidden = 256
-
-    def features(self, x: jax.Array) -> jax.Array:
-        for channels in (16, 32, 32):
-            x = ConvSequence(channels)(x)
-        return nn.relu(x)
-
-
-class TeacherNetwork(AtariNetwork):
-    """The teacher: the Nature CNN (Mnih et al., 2015)."""
-
-    hidden = 512
-
-    def features(self, x: jax.Array) -> jax.Array:
-        for channels, size, stride in ((32, 8, 4), (64, 4, 2), (64, 3, 1)):
-            x = nn.relu(Conv(channels, (size, size), stride, padding="VALID", dtype=x.dtype)(x))
-        return x
-
-
-NETWORKS = {"impala": QNetwork, "nature": TeacherNetwork}
+NETWORKS = {"impala": partial(AtariNetwork, impala, 256), "nature": partial(AtariNetwork, nature, 512)}
 
 
 # --- Replay and games ---
@@ -277,19 +266,19 @@ NETWORKS = {"impala": QNetwork, "nature": TeacherNetwork}
 class FrameReplay:
     """Uniform replay that stores each frame once, 7,056 bytes, and rebuilds stacks of four when it is sampled.
 
-    Row t holds, for every environment, the newest frame of its observation and what was done there; the next
-    observation is that of row t + 1. A stack never reaches into an older episode but repeats its own first frame.
-    A truncated step is never drawn, since what it led to is not stored: returns stop before it and bootstrap from where
-    it was taken. Steps that the agent did not choose, and the last one before a resume, are stored as truncated.
+    Number t * num_envs + i is step t of environment i: its observation's newest frame, and what was done there. The
+    next observation is that of step t + 1. A stack never reaches into an older episode but repeats its own first frame.
+    A truncated step is passed over by a draw, since what it led to is not stored: returns stop before it and bootstrap
+    from where it was taken. Steps not of the agent's choice, and the last before a resume, are stored as truncated.
     """
 
-    frames: jax.Array  # uint8 (rows * num_envs, 7056); all arrays are on the device
-    actions: jax.Array  # int32 (rows * num_envs,)
+    frames: jax.Array  # uint8 (size, 7056); all arrays are on the device
+    actions: jax.Array  # int32 (size,)
     rewards: jax.Array  # float32
     terminations: jax.Array  # bool
     truncations: jax.Array  # bool
-    teacher_q_values: jax.Array  # float32 (rows * num_envs, num_actions)
-    written: jax.Array  # int32: rows written since the beginning, overwritten ones included
+    teacher_q_values: jax.Array  # float32 (size, num_actions)
+    written: jax.Array  # int32: steps of each environment since the beginning, overwritten ones included
     num_envs: int = struct.field(pytree_node=False)
 
     FIELDS = ("actions", "rewards", "terminations", "truncations", "teacher_q_values")  # beside the frames
@@ -305,43 +294,37 @@ class FrameReplay:
             replay = cls(frames, actions, jnp.zeros(size), *ends, teacher_q_values, jnp.int32(0), num_envs)
             return jax.block_until_ready(replay.load_state_dict(state) if state else replay)
 
-    def slots(self, times: jax.Array, envs: jax.Array) -> jax.Array:
-        """Where the `times`-th rows ever written keep these environments."""
-        return times % (len(self.rewards) // self.num_envs) * self.num_envs + envs
-
     @partial(jax.jit, donate_argnums=0)
     def add(self, obs, *fields) -> "FrameReplay":
-        """With a row more: the newest frames of uint8 (num_envs, 4, 84, 84), and FIELDS, perhaps not the teacher's."""
-        put = partial(jax.lax.dynamic_update_slice_in_dim, start_index=self.slots(self.written, 0), axis=0)
+        """With a step more: the newest frames of uint8 (num_envs, 4, 84, 84), and FIELDS, perhaps not the teacher's."""
+        here = self.written * self.num_envs % len(self.rewards)
+        put = partial(jax.lax.dynamic_update_slice_in_dim, start_index=here, axis=0)
         row = zip(("frames", *self.FIELDS), (obs[:, -1].reshape(self.num_envs, -1), *fields))
         return self.replace(written=self.written + 1, **{name: put(getattr(self, name), new) for name, new in row})
 
     def sample(self, batch_size: int, n_step: int, gamma: float, key: jax.Array) -> Batch:
-        """Draw transitions uniformly, but for the newest n_step rows, whose future is still to come."""
-        key_of_times, key_of_envs = jax.random.split(key)
-        oldest = jnp.maximum(self.written - len(self.rewards) // self.num_envs + STACK - 1, 0)  # whose stack is whole
-        times = jax.random.randint(key_of_times, (4 * batch_size,), oldest, self.written - n_step)
-        envs = jax.random.randint(key_of_envs, (4 * batch_size,), 0, self.num_envs)
-        chosen = self.truncations[self.slots(times, envs)].argsort()[:batch_size]  # stable: the first not cut
-        times, envs = times[chosen], envs[chosen]
+        """Draw transitions uniformly, but for the newest n_step of each environment, whose future is still to come."""
+        size, num_envs, ahead = len(self.rewards), self.num_envs, jnp.arange(n_step)
+        oldest = jnp.maximum((self.written + STACK - 1) * num_envs - size, 0)  # whose stack is whole
+        numbers = jax.random.randint(key, (4 * batch_size,), oldest, (self.written - n_step) * num_envs)
+        numbers = numbers[self.truncations[numbers % size].argsort()[:batch_size]]  # stable: the first not cut
 
-        ahead = jnp.arange(n_step)
-        window = self.slots(times[:, None] + ahead, envs[:, None])  # (batch, n_step)
-        terminations, truncations = self.terminations[window].astype(int), self.truncations[window].astype(int)
+        window = (numbers[:, None] + ahead * num_envs) % size  # (batch, n_step)
+        terminations, truncations = self.terminations[window], self.truncations[window]
         counted = (terminations.cumsum(1) - terminations + truncations.cumsum(1)) == 0  # the terminating step as well
         here, steps = window[:, 0], counted.sum(1)
         returns = (self.rewards[window] * counted * gamma**ahead).sum(1)
-        discounts = gamma**steps * ~(terminations * counted).any(1)
-        obs, next_obs = self.stacks(times, envs), self.stacks(times + steps, envs)
+        discounts = gamma**steps * ~(terminations & counted).any(1)
+        obs, next_obs = self.stacks(numbers), self.stacks(numbers + steps * num_envs)
         return Batch(obs, self.actions[here], returns, discounts, next_obs, self.teacher_q_values[here])
 
-    def stacks(self, times: jax.Array, envs: jax.Array) -> jax.Array:
-        """Observations uint8 (batch, 4, 84, 84) at these rows. A row that was never written counts as truncated."""
-        back = jnp.arange(STACK)
-        before = self.slots(times[:, None] - back[1:], envs[:, None])  # the three rows before, the nearest first
+    def stacks(self, numbers: jax.Array) -> jax.Array:
+        """Observations uint8 (batch, 4, 84, 84) at these steps. What was never written counts as truncated."""
+        size, back = len(self.rewards), jnp.arange(STACK)
+        before = (numbers[:, None] - back[1:] * self.num_envs) % size  # the three steps before, the nearest first
         age = ((self.terminations[before] | self.truncations[before]).cumsum(1) == 0).sum(1)  # how many are of this one
-        slots = self.slots(times[:, None] - jnp.minimum(back[::-1], age[:, None]), envs[:, None])
-        return self.frames[slots].reshape(-1, STACK, SIDE, SIDE)
+        numbers = numbers[:, None] - jnp.minimum(back[::-1], age[:, None]) * self.num_envs
+        return self.frames[numbers % size].reshape(-1, STACK, SIDE, SIDE)
 
     def state_dict(self) -> dict:
         """All that was written, on the host, the frames compressed by several threads."""
@@ -354,14 +337,14 @@ class FrameReplay:
         return fields | {"written": np.asarray(self.written), "frames": frames}
 
     def load_state_dict(self, state: dict) -> "FrameReplay":
-        """Restored into one of this shape. Its games are not restored, so the last row counts as truncated."""
+        """Restored into one of this shape. Its games are not restored, so the last step of each counts as truncated."""
         frames, used = self.frames, len(state["actions"])
         put = jax.jit(partial(jax.lax.dynamic_update_slice_in_dim, axis=0), donate_argnums=0)
         for begin, packed in zip(range(0, used, self.BLOCK), state["frames"], strict=True):
             frames = put(frames, np.frombuffer(zlib.decompress(packed), np.uint8).reshape(-1, SIDE * SIDE), begin)
         fields = {name: getattr(self, name).at[:used].set(state[name]) for name in self.FIELDS}
-        last = self.slots(state["written"] - 1, np.arange(self.num_envs))
-        fields["truncations"] = fields["truncations"].at[last].set(True)
+        newest = state["written"] * self.num_envs - 1 - np.arange(self.num_envs)
+        fields["truncations"] = fields["truncations"].at[newest % len(self.rewards)].set(True)
         return self.replace(frames=frames, **fields, written=jnp.asarray(state["written"], jnp.int32))
 
 
@@ -416,8 +399,8 @@ class AtariGames:
         return np.sign(rewards, dtype=np.float32), over | life_lost, truncated | self.forced, finished
 
 
-def evaluate(policy: Callable, args: Args, episodes: int, epsilon=None, video=None, stop=()) -> list[float]:
-    """Raw returns of `episodes` whole games at epsilon, by default end_e; the first is filmed if `video` is a path.
+def evaluate(policy: Callable, args: Args, episodes: int, video=None, stop=(), epsilon=None) -> list[float]:
+    """Raw returns of `episodes` whole games at epsilon, by default end_e; --capture-video films the first to `video`.
 
     Games and random numbers are its own: an evaluation changes nothing in the training around it. How many each of up
     to ten environments plays is fixed beforehand, so that short games are not preferred.
@@ -425,8 +408,7 @@ def evaluate(policy: Callable, args: Args, episodes: int, epsilon=None, video=No
     num_envs, seed = min(episodes, 10), args.seed + 20_000
     games, key = AtariGames(args, num_envs, seed), jax.random.PRNGKey(seed)
     left = [len(range(env, episodes, num_envs)) for env in range(num_envs)]
-    returns, actions_of_first = [], []
-    epsilon = np.float32(args.end_e if epsilon is None else epsilon)
+    returns, actions_of_first, epsilon = [], [], args.end_e if epsilon is None else epsilon
     with tqdm(total=episodes, desc="evaluation", unit="game", leave=False) as bar:
         while any(left):
             if stop:
@@ -439,18 +421,12 @@ def evaluate(policy: Callable, args: Args, episodes: int, epsilon=None, video=No
                     left[env] -= 1
                     returns.append(game_return)
                     bar.update()
-    if video:
+    if video and args.capture_video:
         film(args, seed, actions_of_first, video)
     return returns
 
 
 # --- Training ---
-
-
-class TrainState(NamedTuple):
-    params: dict
-    target_params: dict
-    opt_state: optax.ScaleByAdamState  # the averages, and how many gradient steps
 
 
 class Learner:
@@ -459,38 +435,31 @@ class Learner:
     def __init__(self, args: Args, num_actions: int):
         self.args, self.network = args, NETWORKS[args.network](num_actions, jnp.bfloat16 if args.amp else jnp.float32)
         self.key, obs = jax.random.PRNGKey(args.seed), np.zeros((1, STACK, SIDE, SIDE), np.uint8)
-        params, target = (jax.jit(self.network.init)(self.key, obs) for _ in range(2))  # two: `update` donates both
+        self.params, self.target_params = (jax.jit(self.network.init)(self.key, obs) for _ in range(2))  # not aliased
         self.adam = optax.scale_by_adam(eps=args.adam_eps)
-        self.state = TrainState(params, target, self.adam.init(params))
-        self.distill_weight, self.learning_rate = np.float32(0), np.float32(args.learning_rate)
+        self.opt_state = self.adam.init(self.params)  # its averages, and how many gradient steps
         self.metrics: dict[str, jax.Array] = {}  # scalars
 
-    def follow(self, coefficient: float) -> float:
-        """Weigh the teacher by lambda; the learning rate, which is returned, goes with it down to its final one."""
-        first, final = self.args.learning_rate, self.args.final_learning_rate
-        learning_rate = first if final is None else linear_schedule(final, first, 1, coefficient)
-        self.learning_rate, self.distill_weight = map(np.float32, (learning_rate, self.args.distill_coef * coefficient))
-        return learning_rate
-
-    @partial(jax.jit, static_argnums=0, donate_argnums=1)
-    def update(self, state: TrainState, replay: FrameReplay, distill_weight: np.float32, learning_rate: np.float32):
-        """All of a gradient step as one XLA program: the state after it, which overwrites `state`, and its metrics."""
-        args, key = self.args, jax.random.fold_in(self.key, state.opt_state.count)
+    @partial(jax.jit, static_argnums=0, donate_argnums=(1, 2))
+    def update(self, params, opt_state, target_params, replay, distill_weight: float, learning_rate: float):
+        """All of a gradient step as one XLA program: params and opt_state after it, in their place, and its metrics."""
+        args, key = self.args, jax.random.fold_in(self.key, opt_state.count)
         batch = replay.sample(args.batch_size, args.n_step, args.gamma, key)
-        next_q_values = self.network.apply(state.target_params, batch.next_obs)
+        next_q_values = self.network.apply(target_params, batch.next_obs)
 
         def loss_of(params: dict):
             q_values = self.network.apply(params, batch.obs)
             loss, td, kl = qdagger_loss(q_values, next_q_values, batch, distill_weight, args.temperature, args.huber)
             return loss, {"loss": loss, "td_loss": td, "distill_loss": kl, "q_values": q_values.mean()}
 
-        gradient, metrics = jax.grad(loss_of, has_aux=True)(state.params)
-        direction, opt_state = self.adam.update(gradient, state.opt_state)
-        params = jax.tree.map(lambda weight, change: weight - learning_rate * change, state.params, direction)
-        return TrainState(params, state.target_params, opt_state), metrics
+        gradient, metrics = jax.grad(loss_of, has_aux=True)(params)
+        direction, opt_state = self.adam.update(gradient, opt_state)
+        params = jax.tree.map(lambda weight, change: weight - learning_rate * change, params, direction)
+        return params, opt_state, metrics
 
-    def gradient_step(self, replay: FrameReplay) -> None:
-        self.state, self.metrics = self.update(self.state, replay, self.distill_weight, self.learning_rate)
+    def gradient_step(self, replay: FrameReplay, distill_weight: float, learning_rate: float) -> None:
+        state = self.params, self.opt_state, self.target_params
+        self.params, self.opt_state, self.metrics = self.update(*state, replay, distill_weight, learning_rate)
 
     def read_metrics(self) -> dict[str, float]:
         """Those of the last gradient step, fetched from the device; UserError if its loss is not finite."""
@@ -500,8 +469,7 @@ class Learner:
         return values
 
     def update_target(self, tau: float) -> None:
-        weights = self.state.params, self.state.target_params, np.float32(tau)
-        self.state = self.state._replace(target_params=jax.jit(optax.incremental_update)(*weights))
+        self.target_params = optax.incremental_update(self.params, self.target_params, tau)
 
 
 @dataclass
@@ -546,7 +514,7 @@ class Run:
         start, path = time.monotonic(), self.directory / "checkpoint.npz"
         self.writer.flush()
         data = np.frombuffer(serialization.msgpack_serialize(state), dtype=np.uint8)
-        write(lambda file: np.savez(file, state=data), path, before=path.with_suffix(".previous.npz"))
+        write(partial(np.savez, state=data), path, before=path.with_suffix(".previous.npz"))
         self.next_save = time.monotonic() + max(600, 100 * (time.monotonic() - start))  # at most 1% of the time for it
 
 
@@ -568,7 +536,9 @@ def train(args: Args, stop: Sequence[int] = ()) -> Path:
         with user_error(f"--resume {args.resume}: its checkpoint does not fit"):
             progress, facts, _ = Progress(**saved["progress"]), saved["facts"], saved["replay"]  # which must be there
             teacher = saved["teacher"] and network_of(jax.tree.leaves(saved["teacher"]), num_actions)
-            learner.state = jax.tree.unflatten(jax.tree.structure(learner.state), map(jnp.asarray, saved["learner"]))
+            form = jax.tree.structure((learner.params, learner.target_params, learner.opt_state))
+            learned = jax.tree.unflatten(form, map(jnp.asarray, saved["learner"]))
+            learner.params, learner.target_params, learner.opt_state = learned
     elif args.teacher != "none":
         path, reason = find_teacher(args)
         teacher = load_network(path, num_actions, "--teacher", args.temperature)
@@ -582,29 +552,31 @@ def train(args: Args, stop: Sequence[int] = ()) -> Path:
         if progress.teacher_return <= progress.baseline_return:
             raise UserError(f"--teacher {args.teacher}: {means}: take another, or --return-baseline random")
     run = Run(args, facts, progress.offset + progress.step + 1 if saved and progress.phase > 1 else 0)
+    if teacher and (progress.phase == 1 or not saved):
+        run.log(0, {"charts/teacher/avg_episodic_return": progress.teacher_return})
 
     def steps(name: str, total: int, stride: int, tag: str = "", every: int = 0) -> Iterator[tqdm]:
         """The loop of a phase: a progress bar before each step; in between, evaluations, checkpoints, and the end."""
         bar = tqdm(total=total, initial=progress.step, desc=name, unit="update" if name == "offline" else "step")
         while True:
-            at_end, logged = progress.step >= total, progress.offset + progress.step
-            evaluating = tag and (at_end or due(progress.step - stride, stride, every))  # at step 0 too
+            before, at_end, logged = progress.step - stride, progress.step >= total, progress.offset + progress.step
+            evaluating = tag and (at_end or due(before, progress.step, every))  # at step 0 too
             if evaluating and progress.evaluated != progress.step:  # if not done right before the run was resumed
-                video = run.directory / "videos" / f"{logged}.mp4" if args.capture_video else None
                 with suppress(KeyboardInterrupt):  # when it is stopped: a checkpoint first
-                    policy = partial(act, learner.network, learner.state.params)
-                    scores = evaluate(policy, args, args.eval_episodes, video=video, stop=stop)
+                    policy = partial(act, learner.network, learner.params)
+                    scores = evaluate(policy, args, args.eval_episodes, run.directory / f"videos/{logged}.mp4", stop)
                     progress.evaluated, progress.scores = progress.step, scores
                     run.log(logged, {tag: np.mean(scores)})
             by_time = args.checkpoint_frequency is None and time.monotonic() > run.next_save
-            by_step = progress.step > 0 and due(progress.step - stride, stride, args.checkpoint_frequency or 0)
+            by_step = progress.step > 0 and due(before, progress.step, args.checkpoint_frequency or 0)
             if by_time or by_step or evaluating or stop or at_end:
                 learner.read_metrics()  # nothing is kept that has diverged
                 if args.save_model:
-                    model = serialization.to_bytes(learner.state.params)
+                    model = serialization.to_bytes(learner.params)
                     write(lambda file, model=model: file.write(model), run.directory / f"{args.exp_name}.cleanrl_model")
                 state = dict(args=asdict(args), facts=facts, progress=asdict(progress), teacher=teacher and teacher[1])
-                run.save(state | {"learner": jax.tree.leaves(learner.state), "replay": replay.state_dict()})
+                learned = jax.tree.leaves((learner.params, learner.target_params, learner.opt_state))
+                run.save(state | {"learner": learned, "replay": replay.state_dict()})
             if stop:
                 raise KeyboardInterrupt(stop[0], f"stopped; go on with: python {sys.argv[0]} --resume {run.directory}")
             if at_end:
@@ -616,8 +588,6 @@ def train(args: Args, stop: Sequence[int] = ()) -> Path:
     # Phase 1: the teacher fills its buffer, unless a file has it.
     teacher_envs = 8 * args.num_envs  # the more the faster, since its policy never ages
     key_of_teacher, key_of_student = jax.random.split(jax.random.PRNGKey(args.seed + 1))  # seed is the Learner's
-    if teacher and (progress.phase == 1 or not saved):
-        run.log(0, {"charts/teacher/avg_episodic_return": progress.teacher_return})
     names = ["env_id", "repeat_action_probability", "num_envs", "teacher_steps", "start_e", "end_e", "temperature"]
     made_with = {name: getattr(args, name) for name in names} | {"teacher": facts.get("teacher_sha256")}
     if progress.phase < 3:
@@ -630,7 +600,7 @@ def train(args: Args, stop: Sequence[int] = ()) -> Path:
         for bar in steps("teacher buffer", args.teacher_steps, teacher_envs):
             epsilon = linear_schedule(args.start_e, args.end_e, args.teacher_steps, progress.step)
             obs = jax.device_put(games.obs)
-            actions, q_values = act(*teacher, key_of_teacher, progress.step, obs, np.float32(epsilon))
+            actions, q_values = act(*teacher, key_of_teacher, progress.step, obs, epsilon)
             games.step_async(np.asarray(actions))
             *outcome, finished = games.step_wait()
             replay = replay.add(obs, games.actions, *outcome, q_values)
@@ -643,9 +613,8 @@ def train(args: Args, stop: Sequence[int] = ()) -> Path:
 
     # Phase 2: the student learns from the teacher's buffer alone.
     if progress.phase == 2:
-        learner.follow(1.0)
         for bar in steps("offline", args.offline_steps, 1, "charts/offline/avg_episodic_return", 100_000):
-            learner.gradient_step(replay)
+            learner.gradient_step(replay, args.distill_coef, args.learning_rate)
             step = progress.step + 1
             if step % args.target_network_frequency == 0:
                 learner.update_target(args.tau)
@@ -661,37 +630,38 @@ def train(args: Args, stop: Sequence[int] = ()) -> Path:
     replay = FrameReplay.create(args.buffer_size, args.num_envs, num_actions, saved.pop("replay", None))
     learner.metrics, exploration_steps = {}, args.exploration_fraction * args.total_timesteps
     learning_starts = max(args.learning_starts, (args.n_step + STACK) * args.num_envs)
+    final = args.learning_rate if args.final_learning_rate is None or not teacher else args.final_learning_rate
     games = AtariGames(args, args.num_envs, args.seed + progress.step)
     for bar in steps("online", args.total_timesteps, args.num_envs, "eval/episodic_return", args.eval_frequency):
         start, begin, end = time.perf_counter(), progress.step, progress.step + args.num_envs
         epsilon = linear_schedule(args.start_e, args.end_e, exploration_steps, progress.offset + begin)
         measured = progress.recent_returns, progress.teacher_return, progress.baseline_return
-        coefficient = distill_coefficient(*measured, begin, args.distill_steps) if progress.distilling else 0.0
-        for_good = args.distill_latch or (args.distill_steps is not None and begin >= args.distill_steps)
-        progress.distilling &= coefficient > 0 or not for_good
-        learning_rate = learner.follow(coefficient) if teacher else args.learning_rate
+        progress.distilling &= args.distill_steps is None or begin < args.distill_steps
+        coefficient = distill_coefficient(*measured) if progress.distilling else 0.0
+        progress.distilling &= coefficient > 0 or not args.distill_latch
+        learning_rate = linear_schedule(final, args.learning_rate, 1, coefficient)
         obs = jax.device_put(games.obs)
-        actions, _ = act(learner.network, learner.state.params, key_of_student, begin, obs, np.float32(epsilon))
+        actions, _ = act(learner.network, learner.params, key_of_student, begin, obs, epsilon)
         games.step_async(np.asarray(actions))  # they play on while the student learns
         for step in range(begin + 1, end + 1):
             if step > learning_starts and step % args.train_frequency == 0:
-                learner.gradient_step(replay)
+                learner.gradient_step(replay, args.distill_coef * coefficient, learning_rate)
             if step % args.target_network_frequency == 0:
                 learner.update_target(args.tau)
-        teacher_q_values = act(*teacher, key_of_teacher, begin, obs, np.float32(0))[1:] if progress.distilling else []
+        teacher_q_values = act(*teacher, key_of_teacher, begin, obs, 0.0)[1:] if progress.distilling else []
         *outcome, finished = games.step_wait()
         replay = replay.add(obs, games.actions, *outcome, *teacher_q_values)
         progress.seconds += time.perf_counter() - start
         for _, game_return, length in finished:
             run.log(progress.offset + end, {"charts/episodic_return": game_return, "charts/episodic_length": length})
             progress.recent_returns = [*progress.recent_returns[-9:], game_return]
-        if due(begin, args.num_envs, 100):
-            losses, speed = learner.read_metrics(), end / progress.seconds
+        if due(begin, end, 100):
+            scalars = {f"losses/{name}": value for name, value in learner.read_metrics().items()}
             if not progress.distilling:
-                losses.pop("distill_loss", None)  # there is no teacher to differ from
-            run.log(progress.offset + end, {f"losses/{name}": value for name, value in losses.items()})
-            charts = {"epsilon": epsilon, "distill_coeff": coefficient, "learning_rate": learning_rate, "SPS": speed}
-            run.log(progress.offset + end, {f"charts/{name}": value for name, value in charts.items()})
+                scalars.pop("losses/distill_loss", None)  # there is no teacher to differ from
+            scalars |= {"charts/epsilon": epsilon, "charts/distill_coeff": coefficient}
+            scalars |= {"charts/learning_rate": learning_rate, "charts/SPS": end / progress.seconds}
+            run.log(progress.offset + end, scalars)
             bar.postfix = f"return={np.mean(progress.recent_returns or math.nan):.1f}, λ={coefficient:.2f}"
     run.writer.close()
     score = f"{np.mean(progress.scores):.2f} ± {np.std(progress.scores):.2f}"
@@ -865,8 +835,7 @@ def play(args: Args, stop: Sequence[int]) -> None:
     validate(args, {})
     path = Path(args.evaluate)
     network = load_network(path, AtariGames(args, 1, args.seed).num_actions, "--evaluate")
-    video = path.parent / "videos" / "evaluation.mp4" if args.capture_video else None
-    returns = evaluate(partial(act, *network), args, args.eval_episodes, video=video, stop=stop)
+    returns = evaluate(partial(act, *network), args, args.eval_episodes, path.parent / "videos/evaluation.mp4", stop)
     print(*(f"game {game}: {game_return:g}" for game, game_return in enumerate(returns, 1)), sep="\n")
     print(f"{np.mean(returns):.2f} ± {np.std(returns):.2f} over {len(returns)} games of {args.env_id}")
 

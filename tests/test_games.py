@@ -188,7 +188,8 @@ def test_an_evaluation_plays_as_many_games_of_each_environment_as_was_said_befor
 
 def test_an_evaluation_is_always_the_same_and_its_first_game_is_filmed(monkeypatch, tmp_path):
     """Whatever the generators outside are at, which it leaves alone; by default with the least exploration."""
-    args, path = Args(seed=1, end_e=0.3, repeat_action_probability=0.25), tmp_path / "videos" / "7.mp4"
+    path, sticky = tmp_path / "videos" / "7.mp4", dict(repeat_action_probability=0.25)
+    args = Args(seed=1, end_e=0.3, capture_video=True, **sticky)
     module, scores, images, ended = MagicMock(), [], [], []
 
     class Watched(AtariGames):
