@@ -341,9 +341,9 @@ class AtariGames:
     """Atari as the reference wrappers show it (stable_baselines3's AtariWrapper), game i with seed + i.
 
     An image is grey, 84 x 84; the first of an episode stands for those before it. A lost life ends an episode, but not
-    the game. Then NOOP, FIRE and the action after it launch the next life, the last two a new game. Such a step is not
-    the agent's: `actions` says what was really done, and it is an episode of its own, truncated. Games play on between
-    `step_async` and `step_wait`, in threads of ALE's. All that happens follows from the seed and the actions.
+    the game. Then NOOP, FIRE and the action after it launch the next life, the last two a new game (no FIRE: NOOP, and
+    nothing). Such a step is not the agent's: `actions` says what was really done, and it is an episode of its own,
+    truncated. Games play on between `step_async` and `step_wait`, in ALE's threads. All follows from seed and actions.
     """
 
     def __init__(self, args: Args, num_envs: int, seed: int):

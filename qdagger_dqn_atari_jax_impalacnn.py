@@ -205,7 +205,7 @@ Conv, Dense = partial(nn.Conv, kernel_init=INIT), partial(nn.Dense, kernel_init=
 def max_pool(x: jax.Array) -> jax.Array:
     """3 x 3, stride 2, padding 1, by pairs of rows, then of columns: reduce_window's gradient is slow on a CPU."""
     for _ in range(2):
-        x = jnp.pad(x, ((0, 0), (2, x.shape[1] % 2), (0, 0), (0, 0)), constant_values=-jnp.inf)  # a pair first
+        x = jnp.pad(x, ((0, 0), (2, x.shape[1] % 2), (0, 0), (0, 0)), constant_values=-jnp.inf)  # rows -2 and -1
         first, second = jnp.unstack(x.reshape(len(x), -1, 2, *x.shape[2:]), axis=2)
         x = jnp.maximum(jnp.maximum(first, second)[:, 1:], second[:, :-1]).swapaxes(1, 2)  # rows 2i, 2i + 1 and 2i - 1
     return x
@@ -352,9 +352,9 @@ class AtariGames:
     """Atari as the reference wrappers show it (stable_baselines3's AtariWrapper), game i with seed + i.
 
     An image is grey, 84 x 84; the first of an episode stands for those before it. A lost life ends an episode, but not
-    the game. Then NOOP, FIRE and the action after it launch the next life, the last two a new game. Such a step is not
-    the agent's: `actions` says what was really done, and it is an episode of its own, truncated. Games play on between
-    `step_async` and `step_wait`, in threads of ALE's. All that happens follows from the seed and the actions.
+    the game. Then NOOP, FIRE and the action after it launch the next life, the last two a new game (no FIRE: NOOP, and
+    nothing). Such a step is not the agent's: `actions` says what was really done, and it is an episode of its own,
+    truncated. Games play on between `step_async` and `step_wait`, in ALE's threads. All follows from seed and actions.
     """
 
     def __init__(self, args: Args, num_envs: int, seed: int):
