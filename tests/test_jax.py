@@ -74,8 +74,8 @@ def test_without_jax_a_line_says_what_to_install():
 
 
 def converted(tree, state: dict[str, torch.Tensor]):
-    """PyTorch's tensors in the form of this tree of ours."""
-    return jax.tree.unflatten(jax.tree.structure(tree), qdagger.from_torch(state))
+    """PyTorch's tensors in the form of this tree: copies, since JAX may still read what PyTorch then changes."""
+    return jax.tree.unflatten(jax.tree.structure(tree), map(np.array, qdagger.from_torch(state)))
 
 
 def pair(name: str, num_actions: int = 4, **settings):
