@@ -6,17 +6,17 @@
 
 Reincarnating Reinforcement Learning (Agarwal et al., 2022, arXiv 2206.01626). A step is four emulator frames.
 
-1. Teacher buffer: the teacher plays, and its transitions are stored with its Q-values.
+1. Teacher buffer: the teacher plays, ever less at random; its transitions are stored with its Q-values.
 2. Offline: the student learns from that buffer alone, with λ = 1.
 3. Online: the student plays and learns from transitions of its own; λ fades as its return nears the teacher's.
 
-The loss is the same in phases 2 and 3; its terms are means over a batch:
+The loss is the same in phases 2 and 3; its terms are means over a batch, and a reward r is 1, 0 or -1:
 
     y            = r₁ + γ r₂ + … + γⁿ⁻¹ rₙ + γⁿ (1 − terminated) max_a Q_target(sₙ, a)
     td_loss      = (Q(s, a) − y)²
     distill_loss = KL(π_teacher(·|s) ‖ π(·|s))    with π = softmax(Q / temperature)
     loss         = td_loss + distill_coef · λ · distill_loss
-    λ            = 1[t < distill_steps] · clip(1 − G_student / G_teacher, 0, 1)    with mean returns G
+    λ            = 1[t < distill_steps] · clip(1 − G_student / G_teacher, 0, 1)    with mean game scores G
 """
 
 import copy
@@ -84,8 +84,8 @@ class Args:
 
     # DQN
     total_timesteps: int = 10_000_000  # environment steps of the online phase
-    learning_rate: float = 1e-4  # of Adam; with --final-learning-rate, where lambda is 1
-    final_learning_rate: float | None = None  # where lambda is 0, linear in lambda; unset, or no teacher: constant
+    learning_rate: float = 1e-4  # of Adam; with --final-learning-rate, the one at lambda = 1
+    final_learning_rate: float | None = None  # the one at lambda = 0, linear between; unset, or no teacher: constant
     adam_eps: float = 1e-8  # of Adam
     buffer_size: int = 1_000_000  # environment steps in the student's replay; 7.06 GB per million
     gamma: float = 0.99  # discount per step
@@ -94,8 +94,8 @@ class Args:
     batch_size: int = 32  # transitions per gradient step
     n_step: int = 3  # rewards summed before the target network's value
     huber: bool = False  # Huber instead of squared TD error
-    start_e: float = 1.0  # exploration at the start of a schedule
-    end_e: float = 0.01  # exploration at its end, and in every evaluation
+    start_e: float = 1.0  # exploration at first, the teacher's during --teacher-steps as well
+    end_e: float = 0.01  # exploration in the end, and in every evaluation
     exploration_fraction: float = 0.10  # share of total_timesteps over which exploration falls, offline steps counted
     learning_starts: int = 80_000  # online steps before the first online gradient step
     train_frequency: int = 4  # online steps per gradient step
@@ -104,7 +104,7 @@ class Args:
     teacher_steps: int = 500_000  # environment steps of the teacher's buffer
     offline_steps: int = 500_000  # gradient steps on the teacher's buffer; 0: no such buffer either
     temperature: float = 0.1  # of both policies in the distillation loss
-    distill_coef: float = 3.0  # weight of the distillation loss beside lambda
+    distill_coef: float = 3.0  # weight of the distillation loss, times lambda
     distill_steps: int | None = None  # online steps after which lambda is 0; unset: never cut off
     distill_latch: bool = False  # once lambda was 0, keep it there
     return_baseline: Literal["zero", "random"] = "zero"  # lambda compares returns above this baseline
@@ -112,7 +112,7 @@ class Args:
     teacher_policy_hf_repo: str | None = None  # for auto; unset: cleanrl/{env_id}-{teacher_model_exp_name}-seed1
     teacher_model_exp_name: str = "dqn_atari"  # its file there, .cleanrl_model; an SB3 repository has its own zip
     teacher_eval_episodes: int = 10  # games that measure the teacher
-    teacher_buffer: str | None = None  # read the teacher's buffer from this file if it exists, else write it there
+    teacher_buffer: str | None = None  # read the teacher's buffer, any seed's, from this file, else write it there
 
     # speed
     network: Literal["impala", "nature"] = "impala"  # the network that learns
@@ -121,9 +121,9 @@ class Args:
     compile: bool = False  # let torch.compile fuse the networks; needs a C++ compiler, and minutes at the start
 
     # checkpoints and evaluation
-    checkpoint_frequency: int | None = None  # steps between them, besides evaluations; unset: 10 minutes; 0: none
+    checkpoint_frequency: int | None = None  # steps between them; unset: 10 minutes; 0: only at evaluations and ends
     resume: str | None = None  # go on with this run, runs/RUN, from its last checkpoint, with its flags
-    eval_frequency: int = 500_000  # online steps between evaluations; 0: at the end only
+    eval_frequency: int = 500_000  # online steps between evaluations, 0: at the end only; offline always 100,000
     eval_episodes: int = 10  # games in each of them
     evaluate: str | None = None  # only play this saved model for eval_episodes games and print the scores
 
@@ -149,13 +149,13 @@ class Batch(NamedTuple):
     obs: torch.Tensor  # uint8 (batch, 4, 84, 84)
     actions: torch.Tensor  # int64 (batch,)
     returns: torch.Tensor  # float32 (batch,): discounted sum of up to n rewards
-    discounts: torch.Tensor  # float32 (batch,): gamma^n for the value of next_obs, 0 after a termination
+    discounts: torch.Tensor  # float32 (batch,): gamma^n, n rewards later, for next_obs; 0 after a termination
     next_obs: torch.Tensor  # uint8 (batch, 4, 84, 84)
     teacher_q_values: torch.Tensor  # float32 (batch, num_actions) at obs
 
 
-def qdagger_loss(q_values, next_q_values, batch: Batch, distill_weight, temperature: float = 1.0, huber: bool = False):
-    """loss = td_loss + distill_weight KL(teacher || student), td_loss, KL: scalars, means over the batch.
+def qdagger_loss(q_values, next_q_values, batch: Batch, distill_weight, temperature: float, huber: bool = False):
+    """Scalars (loss, td_loss, distill_loss), means over the batch; distill_weight is distill_coef * lambda.
 
     Q-values are float32 (batch, num_actions), the student's at batch.obs and the target network's at batch.next_obs.
     """
@@ -169,13 +169,13 @@ def qdagger_loss(q_values, next_q_values, batch: Batch, distill_weight, temperat
 
 
 def distill_coefficient(returns, teacher_return, baseline_return=0.0) -> float:
-    """lambda = clip(1 - G_student / G_teacher, 0, 1), mean returns G above the baseline (section 4.1)."""
-    if len(returns) < 10:  # too few games to tell
+    """lambda = clip(1 - G_student / G_teacher, 0, 1) with mean game scores G above the baseline (section 4.1)."""
+    if len(returns) < 10:  # as many as are kept: fewer games are too few to tell
         return 1.0
     return float(np.clip(1 - (np.mean(returns) - baseline_return) / (teacher_return - baseline_return), 0, 1))
 
 
-def linear_schedule(start: float, end: float, duration: float, step: int) -> float:
+def linear_schedule(start: float, end: float, duration: float, step: float) -> float:
     """From `start` at step 0 to `end` at step `duration`, and `end` from there on."""
     return end if step >= duration else start + (end - start) * step / duration
 
@@ -187,7 +187,7 @@ def due(begin: int, end: int, every: int) -> bool:
 
 @torch.no_grad()
 def act(network: Callable, generator: torch.Generator, obs: torch.Tensor, epsilon: float | torch.Tensor):
-    """epsilon-greedy actions int64 (batch,), and the Q-values (batch, num_actions) behind them."""
+    """epsilon-greedy actions int64 (batch,), and Q-values (batch, num_actions), for obs uint8 (batch, 4, 84, 84)."""
     q_values = network(obs)
     draw = partial(torch.rand, len(obs), generator=generator, device=obs.device)
     random_actions = (draw() * q_values.shape[1]).long()
@@ -225,7 +225,7 @@ class AtariNetwork(nn.Module):
 
     def __init__(self, layers: list[nn.Module], hidden: int, num_actions: int):
         super().__init__()
-        self.amp = False  # all layers but the last in bfloat16, which is too coarse to tell one action from another
+        self.amp = False  # True: all layers but the last in bfloat16, too coarse to tell one action from another
         features = nn.Sequential(*layers)(torch.zeros(1, STACK, SIDE, SIDE)).numel()
         head = [nn.Flatten(), nn.Linear(features, hidden), nn.ReLU(), nn.Linear(hidden, num_actions)]
         self.network = nn.Sequential(*layers, *head)
@@ -237,7 +237,7 @@ class AtariNetwork(nn.Module):
 
 
 class QNetwork(AtariNetwork):
-    """The student: Impala-CNN (Espeholt et al., 2018). Its sequences turn 84 pixels a side into 42, 21 and 11."""
+    """Impala-CNN (Espeholt et al., 2018), the student by default: 84 pixels a side become 42, 21 and 11."""
 
     def __init__(self, num_actions: int):
         sequences = [ConvSequence(STACK, 16), ConvSequence(16, 32), ConvSequence(32, 32)]
@@ -245,7 +245,7 @@ class QNetwork(AtariNetwork):
 
 
 class TeacherNetwork(AtariNetwork):
-    """The teacher: the Nature CNN (Mnih et al., 2015)."""
+    """The Nature CNN (Mnih et al., 2015), which most teachers are."""
 
     def __init__(self, num_actions: int):
         layers = [nn.Conv2d(STACK, 32, 8, stride=4), nn.Conv2d(32, 64, 4, stride=2), nn.Conv2d(64, 64, 3, stride=1)]
@@ -261,13 +261,13 @@ NETWORKS = {"impala": QNetwork, "nature": TeacherNetwork}
 class FrameReplay:
     """Uniform replay that stores each frame once, 7,056 bytes, and rebuilds stacks of four when it is sampled.
 
-    Number t * num_envs + i is step t of environment i: its observation's newest frame, and what was done there. The
+    Step t of environment i, number t * num_envs + i, holds its observation's newest frame and what was done there; the
     next observation is that of step t + 1. A stack never reaches into an older episode but repeats its own first frame.
-    A truncated step is passed over by a draw, since what it led to is not stored: returns stop before it and bootstrap
-    from where it was taken. Steps not of the agent's choice, and the last before a resume, are stored as truncated.
+    Draws pass over truncated steps, whose next observation is not stored; a return that meets one stops before it and
+    bootstraps from the observation there. Forced steps, and the last before a resume, are stored as truncated.
     """
 
-    FIELDS = ("actions", "rewards", "terminations", "truncations", "teacher_q_values")  # beside the frames
+    FIELDS = ("actions", "rewards", "terminations", "truncations", "teacher_q_values")  # beside frames, in add's order
     BLOCK = 4096  # frames that are compressed together
 
     def __init__(self, capacity: int, num_envs: int, num_actions: int, device="cpu", state: dict | None = None):
@@ -284,7 +284,7 @@ class FrameReplay:
                 self.load_state_dict(state)
 
     def add(self, *row) -> None:
-        """Write a step of each: the newest frames, uint8 (num_envs, 84, 84), and FIELDS, perhaps not the teacher's."""
+        """Write a step of each game: newest frames, uint8 (num_envs, 84, 84), and FIELDS, perhaps not the last."""
         here = (self.written * self.num_envs + torch.arange(self.num_envs, device=self.device)) % self.size
         for name, values in zip(("frames", *self.FIELDS), row):
             getattr(self, name)[here] = torch.as_tensor(values, device=self.device)
@@ -296,8 +296,8 @@ class FrameReplay:
         oldest = ((self.written + STACK - 1) * num_envs - size).clamp(min=0)  # whose stack is still whole
         draw = torch.rand(4 * batch_size, dtype=torch.float64, generator=generator, device=self.device)
         numbers = oldest + (draw * ((self.written - n_step) * num_envs - oldest)).long()
-        cut = self.truncations[numbers % size].long()
-        numbers = numbers[cut.argsort(stable=True)[:batch_size]]  # the first that are not cut, of four times as many
+        truncated = self.truncations[numbers % size].long()
+        numbers = numbers[truncated.argsort(stable=True)[:batch_size]]  # the first that are not
 
         window = (numbers[:, None] + ahead * num_envs) % size  # (batch, n_step)
         terminations, truncations = self.terminations[window].long(), self.truncations[window].long()
@@ -312,7 +312,7 @@ class FrameReplay:
         """Observations uint8 (batch, 4, 84, 84) at these steps. What was never written counts as truncated."""
         back = torch.arange(STACK, device=self.device)
         before = (numbers[:, None] - back[1:] * self.num_envs) % self.size  # the three steps before, the nearest first
-        age = ((self.terminations[before] | self.truncations[before]).cumsum(1) == 0).sum(1)  # how many are of this one
+        age = ((self.terminations[before] | self.truncations[before]).cumsum(1) == 0).sum(1)  # how many of its episode
         numbers = (numbers[:, None] - back.flip(0).minimum(age[:, None]) * self.num_envs) % self.size
         return self.frames.index_select(0, numbers.flatten()).view(-1, STACK, SIDE, SIDE)
 
@@ -326,7 +326,7 @@ class FrameReplay:
         return fields | {"written": self.written, "frames": frames}
 
     def load_state_dict(self, state: dict) -> None:
-        """Restore a replay of this shape. Its games are not restored, so the last step of each counts as truncated."""
+        """Restore a replay of this shape. Its games are gone, so the last step of each counts as truncated."""
         used = len(state["actions"])
         for block, packed in zip(self.frames[:used].split(self.BLOCK), state["frames"]):
             block.copy_(torch.tensor(np.frombuffer(zlib.decompress(packed.numpy()), dtype=np.uint8)).view_as(block))
@@ -340,17 +340,17 @@ class FrameReplay:
 class AtariGames:
     """Atari as the reference wrappers show it (stable_baselines3's AtariWrapper), game i with seed + i.
 
-    An image is grey, 84 x 84; the first of an episode stands for those before it. A lost life ends an episode, but not
-    the game. Then NOOP, FIRE and the action after it launch the next life, the last two a new game (no FIRE: NOOP, and
-    nothing). Such a step is not the agent's: `actions` says what was really done, and it is an episode of its own,
-    truncated. Games play on between `step_async` and `step_wait`, in ALE's threads. All follows from seed and actions.
+    An image is grey, 84 x 84; an episode's first one fills its whole stack. A lost life ends an episode, not the game:
+    NOOP, FIRE and action 2 are then forced; at a game's start the last two; without FIRE, NOOP alone and nothing. Such
+    a step is not the agent's: `actions` says what was really done, and it is an episode of its own, truncated. Games
+    play on between `step_async` and `step_wait`, in ALE's threads. All follows from seed and actions.
     """
 
     def __init__(self, args: Args, num_envs: int, seed: int):
         spec, screen = gym.spec(args.env_id).kwargs, ale_py.ALEInterface()
         screen.loadROM(ale_py.roms.get_rom_path(spec["game"]))
         options = dict(zip(("img_height", "img_width"), screen.getScreenDims()), grayscale=False, stack_num=1)
-        options |= dict(use_fire_reset=False, reward_clipping=False, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
+        options |= dict(reward_clipping=False, use_fire_reset=False, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
         sticky = (spec if args.repeat_action_probability is None else asdict(args))["repeat_action_probability"]
         self.emulators = AtariVectorEnv(spec["game"], num_envs, **options, repeat_action_probability=sticky)
         self.num_actions = int(self.emulators.single_action_space.n)
@@ -373,7 +373,7 @@ class AtariGames:
         self.emulators.send(self.actions)
 
     def step_wait(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[tuple[int, float, int]]]:
-        """End it: rewards' signs, terminations, truncations, and (env, raw return, frames) of each finished game."""
+        """End it: rewards' signs, terminations, truncations, (num_envs,); of ended games (env, raw return, frames)."""
         self.images, rewards, over, truncated, info = self.emulators.recv()
         ended, lives = over | truncated, info["lives"]
         life_lost = ~ended & (lives > 0) & (lives < self.lives)
@@ -392,7 +392,7 @@ def evaluate(network: Callable, args: Args, episodes: int, device, video=None, s
     """Raw returns of `episodes` whole games at epsilon, by default end_e; --capture-video films the first to `video`.
 
     Games and generator are its own: an evaluation changes nothing in the training around it. How many each of up to ten
-    environments plays is fixed beforehand, so that short games are not preferred.
+    environments plays is fixed beforehand, so that short games are not preferred. A signal in `stop` interrupts it.
     """
     num_envs, seed = min(episodes, 10), args.seed + 20_000
     games, generator = AtariGames(args, num_envs, seed), torch.Generator(device).manual_seed(args.seed)
@@ -419,7 +419,7 @@ def evaluate(network: Callable, args: Args, episodes: int, device, video=None, s
 # --- Training ---
 
 
-class Learner(nn.Module):
+class Learner(nn.Module):  # for a state_dict of both networks
     """The student, its target network and its optimizer, and the one gradient step of both phases."""
 
     def __init__(self, args: Args, num_actions: int, device: torch.device):
@@ -439,12 +439,12 @@ class Learner(nn.Module):
                 network.compile()
                 network(torch.zeros((args.num_envs, STACK, SIDE, SIDE), dtype=torch.uint8, device=device))
 
-    def follow(self, coefficient: float) -> float:
+    def follow(self, lambda_: float) -> float:
         """Weigh the teacher by lambda; the learning rate, which is returned, goes with it down to its final one."""
         first, final = self.args.learning_rate, self.args.final_learning_rate
-        learning_rate = first if final is None else linear_schedule(final, first, 1, coefficient)
+        learning_rate = first if final is None else final + (first - final) * lambda_
         self.optimizer.param_groups[0]["lr"].fill_(learning_rate)
-        self.distill_weight.fill_(self.args.distill_coef * coefficient)
+        self.distill_weight.fill_(self.args.distill_coef * lambda_)
         return learning_rate
 
     def gradient_step(self, replay: FrameReplay) -> None:
@@ -475,15 +475,15 @@ class Learner(nn.Module):
 class Progress:
     """How far a run has come: each phase is a loop that goes on from here."""
 
-    phase: int = 3  # 1 teacher buffer, 2 offline, 3 online
+    phase: int = 3  # 1 teacher buffer, 2 offline, 3 online; the defaults here are a start without a teacher
     step: int = 0  # of this phase: environment steps, in phase 2 gradient steps
-    offset: int = 0  # of the logged step, which counts on from phase 2 to phase 3
+    offset: int = 0  # of the step in logs and exploration, which count on from phase 2 to phase 3
     seconds: float = 0.0  # spent on online steps, evaluations excluded
     teacher_return: float = 0.0  # mean of its games
     baseline_return: float = 0.0  # mean of random play's, if that is the baseline
     distilling: bool = False  # False is for good: the teacher is asked no more, and its stored Q-values go stale
     recent_returns: list[float] = field(default_factory=list)  # of the last 10 whole online games
-    evaluated: int = 0  # step of this phase's last evaluation; -1: not even at step 0
+    evaluated: int = 0  # step of this phase's last evaluation; there, at 0 too, none is due; -1: none yet
     scores: list[float] = field(default_factory=list)  # of its games
 
 
@@ -537,7 +537,7 @@ def train(args: Args, stop: Sequence[int] = ()) -> Path:
     # Phase 0: the teacher is found and measured. A run that is resumed has that behind it.
     if saved:
         with user_error(f"--resume {args.resume}: its checkpoint does not fit"):
-            progress, facts, _ = Progress(**saved["progress"]), saved["facts"], saved["replay"]  # which must be there
+            progress, facts, _ = Progress(**saved["progress"]), saved["facts"], saved["replay"]["written"]
             teacher = network_of(saved["teacher"], num_actions).to(device) if saved["teacher"] else None
             learner.load_state_dict(saved["networks"])
             learner.optimizer.load_state_dict(learner.optimizer.state_dict() | {"state": saved["optimizer"]})
@@ -554,12 +554,12 @@ def train(args: Args, stop: Sequence[int] = ()) -> Path:
         print(means := f"teacher: mean return {progress.teacher_return:.2f}, baseline {progress.baseline_return:.2f}")
         if progress.teacher_return <= progress.baseline_return:
             raise UserError(f"--teacher {args.teacher}: {means}: take another, or --return-baseline random")
-    run = Run(args, facts, progress.offset + progress.step + 1 if saved and progress.phase > 1 else 0)
+    run = Run(args, facts, (progress.offset + progress.step + 1) if saved and progress.phase > 1 else 0)
     if teacher and (progress.phase == 1 or not saved):
         run.log(0, {"charts/teacher/avg_episodic_return": progress.teacher_return})
 
     def steps(name: str, total: int, stride: int, tag: str = "", every: int = 0) -> Iterator[tqdm]:
-        """The loop of a phase: a progress bar before each step; in between, evaluations, checkpoints, and the end."""
+        """The loop of a phase: its bar for each step; in between, evaluations, checkpoints of `replay`, and the end."""
         bar = tqdm(total=total, initial=progress.step, desc=name, unit="update" if name == "offline" else "step")
         while True:
             before, at_end, logged = progress.step - stride, progress.step >= total, progress.offset + progress.step
@@ -589,7 +589,7 @@ def train(args: Args, stop: Sequence[int] = ()) -> Path:
             bar.update(stride)
 
     # Phase 1: the teacher fills its buffer, unless a file has it.
-    teacher_envs = 8 * args.num_envs  # the more the faster, since its policy never ages
+    teacher_envs = 8 * args.num_envs  # the more the faster, since its policy never ages; validate knows the 8
     names = ["env_id", "repeat_action_probability", "num_envs", "teacher_steps", "start_e", "end_e", "temperature"]
     made_with = {name: getattr(args, name) for name in names} | {"teacher": facts.get("teacher_sha256")}
     if progress.phase < 3:
@@ -622,7 +622,7 @@ def train(args: Args, stop: Sequence[int] = ()) -> Path:
             step = progress.step + 1
             if step % args.target_network_frequency == 0:
                 learner.update_target(args.tau)
-            if step % 100 == 0:  # by the names that CleanRL gave them
+            if step % 100 == 0:  # by CleanRL's names: q_loss is td_loss
                 losses = {name.replace("td_", "q_"): value for name, value in learner.read_metrics().items()}
                 run.log(step, {f"charts/offline/{name}": value for name, value in losses.items() if "loss" in name})
                 bar.postfix = f"return={np.mean(progress.scores):.1f}, λ=1.00"
@@ -642,10 +642,10 @@ def train(args: Args, stop: Sequence[int] = ()) -> Path:
         start, begin, end = time.perf_counter(), progress.step, progress.step + args.num_envs
         epsilon = linear_schedule(args.start_e, args.end_e, exploration_steps, progress.offset + begin)
         measured = progress.recent_returns, progress.teacher_return, progress.baseline_return
-        progress.distilling &= args.distill_steps is None or begin < args.distill_steps
-        coefficient = distill_coefficient(*measured) if progress.distilling else 0.0
-        progress.distilling &= coefficient > 0 or not args.distill_latch
-        learning_rate = learner.follow(coefficient) if teacher else args.learning_rate
+        progress.distilling &= args.distill_steps is None or begin < args.distill_steps  # once False, for good
+        lambda_ = distill_coefficient(*measured) if progress.distilling else 0.0
+        progress.distilling &= lambda_ > 0 or not args.distill_latch
+        learning_rate = learner.follow(lambda_) if teacher else args.learning_rate
         obs = torch.as_tensor(games.obs, device=device)
         actions, _ = policy(obs, epsilon)
         games.step_async(actions.cpu().numpy())  # they play on while the student learns
@@ -658,17 +658,17 @@ def train(args: Args, stop: Sequence[int] = ()) -> Path:
         *outcome, finished = games.step_wait()
         replay.add(obs[:, -1], games.actions, *outcome, *teacher_q_values)
         progress.seconds += time.perf_counter() - start
-        for _, game_return, length in finished:
-            run.log(progress.offset + end, {"charts/episodic_return": game_return, "charts/episodic_length": length})
-            progress.recent_returns = [*progress.recent_returns[-9:], game_return]
+        for _, game_return, frames in finished:
+            run.log(progress.offset + end, {"charts/episodic_return": game_return, "charts/episodic_length": frames})
+            progress.recent_returns = [*progress.recent_returns, game_return][-10:]
         if due(begin, end, 100):
             scalars = {f"losses/{name}": value for name, value in learner.read_metrics().items()}
             if not progress.distilling:
                 scalars.pop("losses/distill_loss", None)  # there is no teacher to differ from
-            scalars |= {"charts/epsilon": epsilon, "charts/distill_coeff": coefficient}
+            scalars |= {"charts/epsilon": epsilon, "charts/distill_coeff": lambda_}
             scalars |= {"charts/learning_rate": learning_rate, "charts/SPS": end / progress.seconds}
             run.log(progress.offset + end, scalars)
-            bar.postfix = f"return={np.mean(progress.recent_returns or math.nan):.1f}, λ={coefficient:.2f}"
+            bar.postfix = f"return={np.mean(progress.recent_returns or math.nan):.1f}, λ={lambda_:.2f}"
     run.writer.close()
     score = f"{np.mean(progress.scores):.2f} ± {np.std(progress.scores):.2f}"
     print(f"{run.directory}: {score} over {len(progress.scores)} games")
@@ -698,8 +698,8 @@ def load_sb3(path: Path, num_actions: int, temperature: float) -> dict[str, torc
     with zipfile.ZipFile(path) as file:
         its_actions = int(json.loads(file.read("data"))["action_space"].get("n", num_actions))
         state = load(file.open("policy.pth"))
-    aside = r".*(_target|value_net)\.|(pi|vf)_features_extractor\."  # what chooses no action, and copies
-    state = {name: tensor for name, tensor in state.items() if not re.match(aside, name)}
+    unused = r".*(_target|value_net)\.|(pi|vf)_features_extractor\."  # what chooses no action, and copies
+    state = {name: tensor for name, tensor in state.items() if not re.match(unused, name)}
     if its_actions != num_actions or len(state) != 10:
         raise ValueError(f"no CnnPolicy of DQN, QR-DQN, PPO or A2C for the {num_actions} actions of --env-id")
     for name in list(state)[-2:]:  # of the last layer: that of QR-DQN gives quantiles, whose mean is linear, too
@@ -726,7 +726,7 @@ def find_teacher(args: Args) -> tuple[Path, str]:
         try:  # once and not for long: hf_hub_download itself tries again for half a minute and more
             ThreadPoolExecutor(1).submit(get_hf_file_metadata, hf_hub_url(repo, file), timeout=5).result(timeout=8)
             return Path(hf_hub_download(repo, file)), f"from the hub, {repo}"
-        except errors.HfHubHTTPError:  # the bundled teacher is no stand-in for a wrong name
+        except errors.HfHubHTTPError:  # an answer, to a wrong name perhaps: the bundled teacher is no stand-in
             raise
         except Exception:
             with suppress(errors.LocalEntryNotFoundError):
@@ -827,15 +827,15 @@ def upload(args: Args, run_dir: Path | None = None, score: str = "") -> None:
 
 def validate(args: Args, before: dict) -> None:
     """UserError for the first flag that cannot work, or that is not as `before` in the run to be resumed."""
-    free = "resume total_timesteps checkpoint_frequency eval_frequency eval_episodes evaluate teacher_buffer track "
-    free += "wandb_project_name wandb_entity capture_video save_model upload_model hf_entity capture compile"
+    mutable = "resume total_timesteps checkpoint_frequency eval_frequency eval_episodes evaluate teacher_buffer "
+    mutable += "track wandb_project_name wandb_entity capture_video save_model upload_model hf_entity capture compile"
     positive = "num_envs buffer_size batch_size n_step train_frequency target_network_frequency learning_rate "
     positive += "adam_eps temperature teacher_eval_episodes eval_episodes"
     shares = "gamma tau start_e end_e exploration_fraction repeat_action_probability"
     games = [env_id for env_id in gym.registry if re.fullmatch(r"(ALE/\w+-v5)|(\w+NoFrameskip-v4)", env_id)]
     numbers = {flag: value for flag, value in asdict(args).items() if isinstance(value, int | float)}
     least, buffer = (args.n_step + STACK) * args.num_envs, Path(args.teacher_buffer or __file__)
-    changed = [flag for flag in before if flag not in free.split() and getattr(args, flag) != before[flag]]
+    changed = [flag for flag in before if flag not in mutable.split() and getattr(args, flag) != before[flag]]
     rules = [
         ("env_id", args.env_id in games, "no game of ale-py's, such as PongNoFrameskip-v4 or ALE/Pong-v5"),
         *((flag, 0 <= number < math.inf, "must not be negative or infinite") for flag, number in numbers.items()),

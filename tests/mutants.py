@@ -53,7 +53,7 @@ MUTANTS = {
     "forced actions stored as the agent's": ("games.actions, *outcome, *teacher", "actions, *outcome, *teacher"),
     "the teacher's Q-values of another observation": ("q_values_of_teacher(obs)", "q_values_of_teacher(obs.flip(0))"),
     "the offline phase without a teacher": ("learner.follow(1.0)", "learner.follow(0.0)"),
-    "the weight forgets distill_coef": ("fill_(self.args.distill_coef * coefficient)", "fill_(coefficient)"),
+    "the weight forgets distill_coef": ("fill_(self.args.distill_coef * lambda_)", "fill_(lambda_)"),
     "SPS counts offline steps": ("end / progress.seconds", "(progress.offset + end) / progress.seconds"),
     "a loss that is not finite goes on": ('if not math.isfinite(values.get("loss", 0.0)):', "if False:"),
     # checkpoints
