@@ -534,7 +534,7 @@ def train(args: Args, stop: Sequence[int] = ()) -> Path:
     # Phase 0: the teacher is found and measured. A run that is resumed has that behind it.
     if saved:
         with user_error(f"--resume {args.resume}: its checkpoint does not fit"):
-            progress, facts, _ = Progress(**saved["progress"]), saved["facts"], saved["replay"]["written"]
+            progress, facts, _ = Progress(**saved["progress"]), saved["facts"], len(saved["replay"])  # there is one
             teacher = saved["teacher"] and network_of(jax.tree.leaves(saved["teacher"]), num_actions)
             form = jax.tree.structure((learner.params, learner.target_params, learner.opt_state))
             learned = jax.tree.unflatten(form, map(jnp.asarray, saved["learner"]))
