@@ -175,7 +175,7 @@ def distill_coefficient(returns, teacher_return, baseline_return=0.0) -> float:
     return float(np.clip(1 - (np.mean(returns) - baseline_return) / (teacher_return - baseline_return), 0, 1))
 
 
-def linear_schedule(start: float, end: float, duration: float, step: float) -> float:
+def linear_schedule(start: float, end: float, duration: float, step: int) -> float:
     """From `start` at step 0 to `end` at step `duration`, and `end` from there on."""
     return end if step >= duration else start + (end - start) * step / duration
 

@@ -41,7 +41,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # or JAX takes three quarters of a GPU when it starts
-os.environ.setdefault("XLA_FLAGS", "--xla_cpu_experimental_ynn_fusion_type=-individual_convolution")  # 1.4x as fast
+os.environ.setdefault("XLA_FLAGS", "--xla_cpu_experimental_ynn_fusion_type=-individual_convolution")  # 1.4x on a CPU
 
 import ale_py
 import cv2
@@ -177,7 +177,7 @@ def distill_coefficient(returns, teacher_return, baseline_return=0.0) -> float:
     return float(np.clip(1 - (np.mean(returns) - baseline_return) / (teacher_return - baseline_return), 0, 1))
 
 
-def linear_schedule(start: float, end: float, duration: float, step: float) -> float:
+def linear_schedule(start: float, end: float, duration: float, step: int) -> float:
     """From `start` at step 0 to `end` at step `duration`, and `end` from there on."""
     return end if step >= duration else start + (end - start) * step / duration
 
@@ -337,7 +337,7 @@ class FrameReplay:
         return fields | {"written": np.asarray(self.written), "frames": frames}
 
     def load_state_dict(self, state: dict) -> "FrameReplay":
-        """This one, donated, with what is in `state`. Its games are gone: the last step of each counts as truncated."""
+        """This one, frames donated, with what is in `state`. Its games are gone: the last step of each is truncated."""
         frames, used = self.frames, len(state["actions"])
         put = jax.jit(partial(jax.lax.dynamic_update_slice_in_dim, axis=0), donate_argnums=0)
         for begin, packed in zip(range(0, used, self.BLOCK), state["frames"], strict=True):
