@@ -164,6 +164,9 @@ def test_event_files_and_the_csv_give_the_same_tables_and_figures(tmp_path, monk
     table = plot.scores(rows).set_index(["kind", "seed"])
     assert table.loc["student", "1"].human_normalised == pytest.approx((11 + 20.7) / (14.6 + 20.7))
     assert table.loc["scratch", "1"].teacher_normalised == pytest.approx(1.2 / 40.7)
+    (out / "teachers.json").write_text('{"Pong": 9.3, "Breakout": 7}')
+    table = plot.scores(plot.read_csv(out / "results.csv")).set_index(["kind", "seed"])
+    assert table.loc["scratch", "1"].teacher_normalised == pytest.approx(1.2 / 30)
 
 
 def test_interquartile_mean_and_intervals_are_the_known_ones():

@@ -6,8 +6,9 @@
     python tools/plot.py results/speed --readme             # the tables of tools/speed.py there
 
 Written are results.csv (run, tag, step, value, and seconds since the run began), curves.png, scores.csv, and, where a
-kind has several seeds, aggregates.csv and aggregates.png. A run is called KIND-GAME-SEED; labels.json beside the CSV
-names kinds that are not in LABELS.
+kind has several seeds, aggregates.csv and aggregates.png. A run is called KIND-GAME-SEED. Beside the CSV, labels.json
+names kinds that are not in LABELS, and teachers.json has returns of teachers that were measured over more games than
+each run plays with its own.
 
 Curves are evaluations, or, of a run that has none online, means of ten training games in turn, of fewer if there are
 not thirty; thin lines are single seeds. Scores are those of the final network. Intervals are 95%: of the mean over
@@ -48,6 +49,7 @@ STYLES = [  # colours that the colour-blind tell apart (Okabe and Ito); marker a
 ]
 RANDOM = {"Breakout": 1.7, "Pong": -20.7, "BeamRider": 363.9}  # returns in Mnih et al., 2015
 HUMAN = {"Breakout": 30.5, "Pong": 14.6, "BeamRider": 16926.5}
+TEACHER = "charts/teacher/avg_episodic_return"
 MEASURES = ("human_normalised", "teacher_normalised")
 
 
@@ -86,6 +88,10 @@ def read_csv(path: Path) -> pd.DataFrame:
     if rows.empty:
         raise SystemExit(f"error: {path}: no run has logged anything yet")
     rows[["kind", "game", "seed"]] = rows.run.str.extract(r"(\w+)-(?:ALE-)?(\w+?)(?:NoFrameskip-v4|-v5)-(\d+)")
+    teachers = path.with_name("teachers.json")
+    if teachers.exists():
+        measured = rows.game.map(json.loads(teachers.read_text())).where(rows.tag == TEACHER)
+        rows["value"] = measured.fillna(rows.value)
     return rows
 
 
@@ -113,7 +119,7 @@ def evaluations(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def teacher_return(rows: pd.DataFrame, game: str) -> float:
-    return rows[(rows.game == game) & (rows.tag == "charts/teacher/avg_episodic_return")].value.mean()
+    return rows[(rows.game == game) & (rows.tag == TEACHER)].value.mean()
 
 
 def mean_and_interval(values: pd.DataFrame) -> tuple[pd.Series, pd.Series]:
