@@ -164,7 +164,7 @@ def test_event_files_and_the_csv_give_the_same_tables_and_figures(tmp_path, monk
     table = plot.scores(rows).set_index(["kind", "seed"])
     assert table.loc["student", "1"].human_normalised == pytest.approx((11 + 20.7) / (14.6 + 20.7))
     assert table.loc["scratch", "1"].teacher_normalised == pytest.approx(1.2 / 40.7)
-    (out / "teachers.json").write_text('{"Pong": 9.3, "Breakout": 7}')
+    (out / "teachers.csv").write_text("Pong,Breakout\n9.0,7\n9.6,7\n")
     table = plot.scores(plot.read_csv(out / "results.csv")).set_index(["kind", "seed"])
     assert table.loc["scratch", "1"].teacher_normalised == pytest.approx(1.2 / 30)
 

@@ -7,8 +7,8 @@
 
 Written are results.csv (run, tag, step, value, and seconds since the run began), curves.png, scores.csv, and, where a
 kind has several seeds, aggregates.csv and aggregates.png. A run is called KIND-GAME-SEED. Beside the CSV, labels.json
-names kinds that are not in LABELS, and teachers.json has returns of teachers that were measured over more games than
-each run plays with its own.
+names kinds that are not in LABELS; teachers.csv has returns of a teacher's games, for each GAME, and counts before the
+few by which each run measured it.
 
 Curves are evaluations, or, of a run that has none online, means of ten training games in turn, of fewer if there are
 not thirty; thin lines are single seeds. Scores are those of the final network. Intervals are 95%: of the mean over
@@ -88,10 +88,9 @@ def read_csv(path: Path) -> pd.DataFrame:
     if rows.empty:
         raise SystemExit(f"error: {path}: no run has logged anything yet")
     rows[["kind", "game", "seed"]] = rows.run.str.extract(r"(\w+)-(?:ALE-)?(\w+?)(?:NoFrameskip-v4|-v5)-(\d+)")
-    teachers = path.with_name("teachers.json")
+    teachers = path.with_name("teachers.csv")
     if teachers.exists():
-        measured = rows.game.map(json.loads(teachers.read_text())).where(rows.tag == TEACHER)
-        rows["value"] = measured.fillna(rows.value)
+        rows.update(rows.game.map(pd.read_csv(teachers).mean()).rename("value")[rows.tag == TEACHER])
     return rows
 
 
@@ -122,24 +121,20 @@ def teacher_return(rows: pd.DataFrame, game: str) -> float:
     return rows[(rows.game == game) & (rows.tag == TEACHER)].value.mean()
 
 
-def mean_and_interval(values: pd.DataFrame) -> tuple[pd.Series, pd.Series]:
-    """Over the columns: mean, and half the width of its 95% interval; nan for a single seed."""
-    return values.mean(axis=1), stats.t.ppf(0.975, values.count(axis=1) - 1) * values.sem(axis=1)
-
-
 def draw_curve(axes: plt.Axes, points: pd.DataFrame, x: str, label: str, style: tuple) -> None:
     """The mean over seeds of one kind, its interval, and single seeds."""
     color, marker, line = style
     # The n-th evaluations of all seeds belong together; their time is the mean over seeds.
     table = points.assign(nth=points.groupby("run").cumcount()).pivot(index="nth", columns="seed", values=["value", x])
-    mean, half = mean_and_interval(table["value"])
+    values = table["value"]
+    mean, half = values.mean(axis=1), stats.t.ppf(0.975, values.count(axis=1) - 1) * values.sem(axis=1)
     position = table[x].mean(axis=1)
     if x == "step" and (points.step == 0).all():  # offline only: its level, for comparison
         axes.axhline(mean.iloc[-1], label=label, color=color, linestyle=line)
         return
     axes.plot(position, mean, label=label, color=color, marker=marker, linestyle=line, markersize=5)
-    axes.plot(position, table["value"], color=color, linewidth=0.6, alpha=0.6)
-    if table["value"].shape[1] > 2:  # of two seeds it says nothing
+    axes.plot(position, values, color=color, linewidth=0.6, alpha=0.6)
+    if values.shape[1] > 2:  # of two seeds it says nothing
         axes.fill_between(position, mean - half, mean + half, color=color, alpha=0.2, linewidth=0)
 
 
