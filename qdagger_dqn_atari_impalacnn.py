@@ -33,7 +33,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -83,6 +83,7 @@ class Args:
     repeat_action_probability: float | None = None  # sticky actions; unset: as env_id says, 0 or, for ALE/GAME-v5, 0.25
 
     # DQN
+    network: Literal["impala", "nature"] = "impala"  # the network that learns
     total_timesteps: int = 10_000_000  # environment steps of the online phase
     learning_rate: float = 1e-4  # of Adam; with --final-learning-rate, the one at lambda = 1
     final_learning_rate: float | None = None  # the one at lambda = 0, linear between; unset, or no teacher: constant
@@ -115,7 +116,6 @@ class Args:
     teacher_buffer: str | None = None  # read the teacher's buffer, any seed's, from this file, else write it there
 
     # speed
-    network: Literal["impala", "nature"] = "impala"  # the network that learns
     amp: bool = FAST_BFLOAT16  # all layers but the last in bfloat16; on by default on CPUs that it makes faster
     capture: bool = True  # on a GPU, run acting and each gradient step as CUDA graphs
     compile: bool = False  # let torch.compile fuse the networks; needs a C++ compiler, and minutes at the start
@@ -149,7 +149,7 @@ class Batch(NamedTuple):
     obs: torch.Tensor  # uint8 (batch, 4, 84, 84)
     actions: torch.Tensor  # int64 (batch,)
     returns: torch.Tensor  # float32 (batch,): discounted sum of up to n rewards
-    discounts: torch.Tensor  # float32 (batch,): gamma^n, n rewards later, for next_obs; 0 after a termination
+    discounts: torch.Tensor  # float32 (batch,): gamma^k for the k rewards in returns; 0 if the last of them terminated
     next_obs: torch.Tensor  # uint8 (batch, 4, 84, 84)
     teacher_q_values: torch.Tensor  # float32 (batch, num_actions) at obs
 
@@ -341,9 +341,9 @@ class AtariGames:
     """Atari as the reference wrappers show it (stable_baselines3's AtariWrapper), game i with seed + i.
 
     An image is grey, 84 x 84; an episode's first one fills its whole stack. A lost life ends an episode, not the game:
-    NOOP, FIRE and action 2 are then forced; at a game's start the last two; without FIRE, NOOP alone and nothing. Such
-    a step is not the agent's: `actions` says what was really done, and it is an episode of its own, truncated. Games
-    play on between `step_async` and `step_wait`, in ALE's threads. All follows from seed and actions.
+    NOOP, FIRE and action 2 are then forced, and the last two at a game's start; where there is no FIRE, only the NOOP.
+    Such a step is not the agent's: `actions` says what was really done, and it is an episode of its own, truncated.
+    Games play on between `step_async` and `step_wait`, in ALE's threads. All follows from seed and actions.
     """
 
     def __init__(self, args: Args, num_envs: int, seed: int):
@@ -354,7 +354,7 @@ class AtariGames:
         sticky = (spec if args.repeat_action_probability is None else asdict(args))["repeat_action_probability"]
         self.emulators = AtariVectorEnv(spec["game"], num_envs, **options, repeat_action_probability=sticky)
         self.num_actions = int(self.emulators.single_action_space.n)
-        self.launch = np.array([0, 1, 2] if ale_py.Action.FIRE in self.emulators.ale.get_action_set() else [0])
+        self.launch = np.array([0, 1, 2] if self.emulators.ale.get_action_set()[1] == ale_py.Action.FIRE else [0])
         self.launching = np.full(num_envs, len(self.launch) - 1)  # how many actions of `launch` are still to come
         self.images, info = self.emulators.reset(seed=np.arange(seed, seed + num_envs) % 2**31)  # colour, full size
         self.lives, self.began, self.returns = info["lives"], np.zeros(num_envs, dtype=int), np.zeros(num_envs)
@@ -483,7 +483,7 @@ class Progress:
     baseline_return: float = 0.0  # mean of random play's, if that is the baseline
     distilling: bool = False  # False is for good: the teacher is asked no more, and its stored Q-values go stale
     recent_returns: list[float] = field(default_factory=list)  # of the last 10 whole online games
-    evaluated: int = 0  # step of this phase's last evaluation; there, at 0 too, none is due; -1: none yet
+    evaluated: int = 0  # step of this phase's last evaluation, not to be repeated there, nor at 0; -1: none yet
     scores: list[float] = field(default_factory=list)  # of its games
 
 
@@ -501,7 +501,7 @@ class Run:
 
             names = {"project": args.wandb_project_name, "entity": args.wandb_entity, "id": self.directory.name}
             wandb.init(**names, name=names["id"], resume="allow", config=settings, sync_tensorboard=True)
-        self.writer = SummaryWriter(str(self.directory), purge_step=first_step)
+        self.writer = SummaryWriter(str(self.directory), purge_step=first_step, flush_secs=10)
         rows = "\n".join(f"|{name}|{value}|" for name, value in settings.items())
         self.writer.add_text("hyperparameters", f"|name|value|\n|-|-|\n{rows}", first_step)
 
@@ -537,7 +537,7 @@ def train(args: Args, stop: Sequence[int] = ()) -> Path:
     # Phase 0: the teacher is found and measured. A run that is resumed has that behind it.
     if saved:
         with user_error(f"--resume {args.resume}: its checkpoint does not fit"):
-            progress, facts, _ = Progress(**saved["progress"]), saved["facts"], len(saved["replay"])  # there is one
+            progress, facts, _ = Progress(**saved["progress"]), saved["facts"] | facts, saved["replay"]  # it has one
             teacher = network_of(saved["teacher"], num_actions).to(device) if saved["teacher"] else None
             learner.load_state_dict(saved["networks"])
             learner.optimizer.load_state_dict(learner.optimizer.state_dict() | {"state": saved["optimizer"]})
@@ -563,7 +563,7 @@ def train(args: Args, stop: Sequence[int] = ()) -> Path:
         bar = tqdm(total=total, initial=progress.step, desc=name, unit="update" if name == "offline" else "step")
         while True:
             before, at_end, logged = progress.step - stride, progress.step >= total, progress.offset + progress.step
-            evaluating = tag and (at_end or due(before, progress.step, every))  # at step 0 as well
+            evaluating = tag and (at_end or due(before, progress.step, every))  # also at step 0: before is negative
             if evaluating and progress.evaluated != progress.step:  # if not done right before the run was resumed
                 video = run.directory / f"videos/{logged}.mp4"
                 with suppress(KeyboardInterrupt):  # when it is stopped: a checkpoint first
@@ -589,7 +589,7 @@ def train(args: Args, stop: Sequence[int] = ()) -> Path:
             bar.update(stride)
 
     # Phase 1: the teacher fills its buffer, unless a file has it.
-    teacher_envs = 8 * args.num_envs  # the more the faster, since its policy never ages; validate knows the 8
+    teacher_envs = 8 * args.num_envs  # the more the faster, since its policy never ages; the 8 is in validate as well
     names = ["env_id", "repeat_action_probability", "num_envs", "teacher_steps", "start_e", "end_e", "temperature"]
     made_with = {name: getattr(args, name) for name in names} | {"teacher": facts.get("teacher_sha256")}
     if progress.phase < 3:
@@ -644,7 +644,7 @@ def train(args: Args, stop: Sequence[int] = ()) -> Path:
         measured = progress.recent_returns, progress.teacher_return, progress.baseline_return
         progress.distilling &= args.distill_steps is None or begin < args.distill_steps  # once False, for good
         lambda_ = distill_coefficient(*measured) if progress.distilling else 0.0
-        progress.distilling &= lambda_ > 0 or not args.distill_latch
+        progress.distilling &= lambda_ > 0 or not args.distill_latch  # from the next step on
         learning_rate = learner.follow(lambda_) if teacher else args.learning_rate
         obs = torch.as_tensor(games.obs, device=device)
         actions, _ = policy(obs, epsilon)
@@ -726,9 +726,9 @@ def find_teacher(args: Args) -> tuple[Path, str]:
         try:  # once and not for long: hf_hub_download itself tries again for half a minute and more
             ThreadPoolExecutor(1).submit(get_hf_file_metadata, hf_hub_url(repo, file), timeout=5).result(timeout=8)
             return Path(hf_hub_download(repo, file)), f"from the hub, {repo}"
-        except errors.HfHubHTTPError:  # an answer, to a wrong name perhaps: the bundled teacher is no stand-in
-            raise
-        except Exception:
+        except Exception as error:
+            if isinstance(error, errors.HfHubHTTPError) and error.response.status_code < 429:
+                raise  # its answer, to a wrong name perhaps; but too many requests and its own errors are out of reach
             with suppress(errors.LocalEntryNotFoundError):
                 return Path(hf_hub_download(repo, file, local_files_only=True)), f"from the cache of the hub, {repo}"
     bundled = Path(__file__).parent / "teachers" / f"{env_id}.cleanrl_model"
@@ -749,7 +749,8 @@ def load_teacher_buffer(path: Path, made_with: dict, replay: FrameReplay) -> Non
 def write(content: dict, path: Path, before: Path | None = None) -> None:
     """torch.save beside `path`, to the disk, then rename: never half a file. What was there is kept as `before`."""
     part = path.with_name(f"{path.name}.{os.getpid()}.part")  # several runs may write one teacher's buffer
-    with user_error(f"cannot write {path}; once it can be written, --resume"):
+    with user_error(f"cannot write {path}; once it can be written, --resume"), ExitStack() as at_the_end:
+        at_the_end.callback(part.unlink, missing_ok=True)  # what a full disk has left of it
         with part.open("wb") as file:
             torch.save(content, file)
             file.flush()
@@ -805,7 +806,7 @@ def film(args: Args, seed: int, actions: list[int], path: Path) -> None:
 
     games = AtariGames(args, 1, seed)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with FFMPEG_VideoWriter(str(path), games.images.shape[-2:-4:-1], fps=15) as video:
+    with user_error("--capture-video"), FFMPEG_VideoWriter(str(path), games.images.shape[-2:-4:-1], fps=15) as video:
         for action in actions:
             video.write_frame(games.images[0, 0])
             games.step_async(np.array([action]))
@@ -838,7 +839,7 @@ def validate(args: Args, before: dict) -> None:
     changed = [flag for flag in before if flag not in mutable.split() and getattr(args, flag) != before[flag]]
     rules = [
         ("env_id", args.env_id in games, "no game of ale-py's, such as PongNoFrameskip-v4 or ALE/Pong-v5"),
-        *((flag, 0 <= number < math.inf, "must not be negative or infinite") for flag, number in numbers.items()),
+        *((flag, 0 <= number < 2**53, "must lie between 0 and 2^53") for flag, number in numbers.items()),
         *((flag, numbers[flag] > 0, "must be above 0") for flag in positive.split()),
         *((flag, numbers.get(flag, 0) <= 1, "must lie between 0 and 1") for flag in shares.split()),
         ("buffer_size", args.buffer_size >= least, f"too few: {least} or more"),

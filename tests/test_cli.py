@@ -40,7 +40,7 @@ SHARES = "gamma tau start_e end_e exploration_fraction repeat_action_probability
 
 @pytest.mark.parametrize("field", [field for field in fields(Args) if field.type in (int, int | None, *FLOATS)])
 def test_a_number_that_cannot_work_is_refused_by_its_flag(refused, field):
-    flag, values = f"--{field.name.replace('_', '-')}", ["-1"] + ["nan", "inf"] * (field.type in FLOATS)
+    flag, values = f"--{field.name.replace('_', '-')}", ["-1", str(2**53)] + ["nan", "inf"] * (field.type in FLOATS)
     for value in values + ["0"] * (field.name in POSITIVE.split()) + ["1.5"] * (field.name in SHARES.split()):
         assert re.match(rf"{flag} {value}(\.0)?: ", refused(f"{flag}={value}"))
 

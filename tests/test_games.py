@@ -88,6 +88,11 @@ def test_every_game_is_bit_identical_to_the_reference_wrappers(game, monkeypatch
     assert len(GAMES) == 62
 
 
+def test_a_game_whose_first_action_fires_is_not_launched():
+    """Backgammon has FIRE, but no NOOP, and its second action is another."""
+    assert not AtariGames(Args(env_id="ALE/Backgammon-v5"), 1, 1).launching.any()
+
+
 def test_a_game_begins_with_0_to_29_frames_of_waiting(monkeypatch):
     """Here it is over after a step, four frames later."""
     emulators_with(monkeypatch, max_num_frames_per_episode=4)

@@ -207,6 +207,7 @@ def test_a_full_disk_ends_the_run_in_a_line_and_its_last_checkpoint_goes_on(go, 
         message = refusal(go, checkpoint_frequency=5)
     (run,) = Path("runs").absolute().iterdir()
     assert message.startswith("cannot write runs/") and "No space left on device" in message
+    assert not list(run.glob("*.part")), "what is half written is no use, and its room is needed"
     assert load_checkpoint(run)["progress"]["step"] > 0 and steps(go(run)) == steps(whole)
 
 

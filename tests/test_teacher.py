@@ -178,14 +178,17 @@ def test_out_of_reach_the_bundled_teacher_teaches_within_ten_seconds(hub, silent
     assert (path, reason) == (TEACHERS / f"{PONG}.cleanrl_model", "bundled: the hub is out of reach")
 
 
-def test_a_hub_that_answers_with_an_error_is_told_from_one_out_of_reach(hub):
-    """Its answer is in the line, and neither the bundled teacher of the game nor then the cached one is used."""
-    for cached in (False, True):
-        for hub.status in (401, 403, 404, 429, 500, 503):
+def test_a_hub_that_knows_no_such_file_is_told_from_one_that_is_too_busy(hub):
+    """Its answer is in the line, and neither the bundled teacher of the game nor then the cached one is used; if it is
+    asked too often, or has an error of its own, it is as if it were out of reach."""
+    for reason in ("bundled: the hub is out of reach", f"from the cache of the hub, {default(PONG)[0]}"):
+        for hub.status in (401, 403, 404):
             message = refusal(find_teacher, Args(env_id=PONG))
             assert message.startswith(f"--teacher-policy-hf-repo {default(PONG)[0]}: ") and str(hub.status) in message
+        for hub.status in (429, 500, 503):
+            assert find_teacher(Args(env_id=PONG))[1] == reason
         hub.files[default(PONG)], hub.status = WHOLE, 0
-        assert cached or find_teacher(Args(env_id=PONG))[0].read_bytes() == WHOLE
+        assert find_teacher(Args(env_id=PONG))[0].read_bytes() == WHOLE
 
 
 def test_a_bundled_teacher_is_no_stand_in_for_another(hub):
