@@ -293,7 +293,7 @@ class FrameReplay:
     def sample(self, batch_size: int, n_step: int, gamma: float, generator: torch.Generator) -> Batch:
         """Draw transitions uniformly, but for the newest n_step of each environment, whose future is still to come."""
         size, num_envs, ahead = self.size, self.num_envs, torch.arange(n_step, device=self.device)
-        oldest = ((self.written + STACK - 1) * num_envs - size).clamp(min=0)  # whose stack is still whole
+        oldest = ((self.written + STACK - 1) * num_envs - size).clamp(min=0)  # the first whose stack is still whole
         draw = torch.rand(4 * batch_size, dtype=torch.float64, generator=generator, device=self.device)
         numbers = oldest + (draw * ((self.written - n_step) * num_envs - oldest)).long()
         truncated = self.truncations[numbers % size].long()
@@ -532,12 +532,13 @@ def train(args: Args, stop: Sequence[int] = ()) -> Path:
     graphed = Graphed if args.capture and on_gpu else lambda function, generator: function
     learner, progress, teacher = Learner(args, num_actions, device), Progress(), None
     FrameReplay(args.buffer_size, args.num_envs, num_actions, device)  # if there is no room, that is better known now
+    torch.cuda.empty_cache()  # or what is small and stays settles where that was
     facts = {"device": str(device), "torch": str(torch.__version__)}
 
     # Phase 0: the teacher is found and measured. A run that is resumed has that behind it.
     if saved:
         with user_error(f"--resume {args.resume}: its checkpoint does not fit"):
-            progress, facts, _ = Progress(**saved["progress"]), saved["facts"] | facts, saved["replay"]  # it has one
+            progress, facts, _ = Progress(**saved["progress"]), saved["facts"] | facts, len(saved["replay"])
             teacher = network_of(saved["teacher"], num_actions).to(device) if saved["teacher"] else None
             learner.load_state_dict(saved["networks"])
             learner.optimizer.load_state_dict(learner.optimizer.state_dict() | {"state": saved["optimizer"]})
@@ -636,7 +637,7 @@ def train(args: Args, stop: Sequence[int] = ()) -> Path:
     learning_starts = max(args.learning_starts, (args.n_step + STACK) * args.num_envs)
     games = AtariGames(args, args.num_envs, args.seed + progress.step)
     policy = graphed(partial(act, learner.q_network, learner.generator), learner.generator)
-    q_values_of_teacher = graphed(teacher, learner.generator)
+    q_values_of_teacher = graphed(teacher, learner.generator)  # not asked without one
     gradient_step = graphed(partial(learner.gradient_step, replay), learner.generator)
     for bar in steps("online", args.total_timesteps, args.num_envs, "eval/episodic_return", args.eval_frequency):
         start, begin, end = time.perf_counter(), progress.step, progress.step + args.num_envs
@@ -698,7 +699,7 @@ def load_sb3(path: Path, num_actions: int, temperature: float) -> dict[str, torc
     with zipfile.ZipFile(path) as file:
         its_actions = int(json.loads(file.read("data"))["action_space"].get("n", num_actions))
         state = load(file.open("policy.pth"))
-    unused = r".*(_target|value_net)\.|(pi|vf)_features_extractor\."  # what chooses no action, and copies
+    unused = r".*(_target|value_net)\.|(pi|vf)_features_extractor\."  # value and target networks, and copies
     state = {name: tensor for name, tensor in state.items() if not re.match(unused, name)}
     if its_actions != num_actions or len(state) != 10:
         raise ValueError(f"no CnnPolicy of DQN, QR-DQN, PPO or A2C for the {num_actions} actions of --env-id")
@@ -748,7 +749,7 @@ def load_teacher_buffer(path: Path, made_with: dict, replay: FrameReplay) -> Non
 
 def write(content: dict, path: Path, before: Path | None = None) -> None:
     """torch.save beside `path`, to the disk, then rename: never half a file. What was there is kept as `before`."""
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")  # several runs may write one teacher's buffer
+    part = Path(f"{path}.part" if before else f"{path}.{os.getpid()}.part")  # one buffer may have several writers
     with user_error(f"cannot write {path}; once it can be written, --resume"), ExitStack() as at_the_end:
         at_the_end.callback(part.unlink, missing_ok=True)  # what a full disk has left of it
         with part.open("wb") as file:
@@ -835,7 +836,7 @@ def validate(args: Args, before: dict) -> None:
     shares = "gamma tau start_e end_e exploration_fraction repeat_action_probability"
     games = [env_id for env_id in gym.registry if re.fullmatch(r"(ALE/\w+-v5)|(\w+NoFrameskip-v4)", env_id)]
     numbers = {flag: value for flag, value in asdict(args).items() if isinstance(value, int | float)}
-    least, buffer = (args.n_step + STACK) * args.num_envs, Path(args.teacher_buffer or __file__)
+    least, buffer = (args.n_step + STACK) * args.num_envs, Path(args.teacher_buffer or __file__)  # which is there
     changed = [flag for flag in before if flag not in mutable.split() and getattr(args, flag) != before[flag]]
     rules = [
         ("env_id", args.env_id in games, "no game of ale-py's, such as PongNoFrameskip-v4 or ALE/Pong-v5"),

@@ -305,7 +305,7 @@ class FrameReplay:
     def sample(self, batch_size: int, n_step: int, gamma: float, key: jax.Array) -> Batch:
         """Draw transitions uniformly, but for the newest n_step of each environment, whose future is still to come."""
         size, num_envs, ahead = len(self.rewards), self.num_envs, jnp.arange(n_step)
-        oldest = jnp.maximum((self.written + STACK - 1) * num_envs - size, 0)  # whose stack is whole
+        oldest = jnp.maximum((self.written + STACK - 1) * num_envs - size, 0)  # the first whose stack is whole
         numbers = jax.random.randint(key, (4 * batch_size,), oldest, (self.written - n_step) * num_envs)
         numbers = numbers[self.truncations[numbers % size].argsort()[:batch_size]]  # stable: the first not truncated
 
@@ -533,7 +533,7 @@ def train(args: Args, stop: Sequence[int] = ()) -> Path:
     # Phase 0: the teacher is found and measured. A run that is resumed has that behind it.
     if saved:
         with user_error(f"--resume {args.resume}: its checkpoint does not fit"):
-            progress, facts, _ = Progress(**saved["progress"]), saved["facts"] | facts, saved["replay"]  # it has one
+            progress, facts, _ = Progress(**saved["progress"]), saved["facts"] | facts, len(saved["replay"])
             teacher = saved["teacher"] and network_of(jax.tree.leaves(saved["teacher"]), num_actions)
             form = jax.tree.structure((learner.params, learner.target_params, learner.opt_state))
             learned = jax.tree.unflatten(form, map(jnp.asarray, saved["learner"]))
@@ -701,7 +701,7 @@ def load_sb3(path: Path, num_actions: int, temperature: float) -> dict[str, torc
     with zipfile.ZipFile(path) as file:
         its_actions = int(json.loads(file.read("data"))["action_space"].get("n", num_actions))
         state = load(file.open("policy.pth"))
-    unused = r".*(_target|value_net)\.|(pi|vf)_features_extractor\."  # what chooses no action, and copies
+    unused = r".*(_target|value_net)\.|(pi|vf)_features_extractor\."  # value and target networks, and copies
     state = {name: tensor for name, tensor in state.items() if not re.match(unused, name)}
     if its_actions != num_actions or len(state) != 10:
         raise ValueError(f"no CnnPolicy of DQN, QR-DQN, PPO or A2C for the {num_actions} actions of --env-id")
@@ -753,7 +753,7 @@ def load_teacher_buffer(path: Path, made_with: dict, replay: FrameReplay) -> Fra
 
 def write(save: Callable, path: Path, before: Path | None = None) -> None:
     """save(file) beside `path`, to the disk, then rename: never half a file. What was there is kept as `before`."""
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")  # several runs may write one teacher's buffer
+    part = Path(f"{path}.part" if before else f"{path}.{os.getpid()}.part")  # one buffer may have several writers
     with user_error(f"cannot write {path}; once it can be written, --resume"), ExitStack() as at_the_end:
         at_the_end.callback(part.unlink, missing_ok=True)  # what a full disk has left of it
         with part.open("wb") as file:
@@ -810,7 +810,7 @@ def validate(args: Args, before: dict) -> None:
     shares = "gamma tau start_e end_e exploration_fraction repeat_action_probability"
     games = [env_id for env_id in gym.registry if re.fullmatch(r"(ALE/\w+-v5)|(\w+NoFrameskip-v4)", env_id)]
     numbers = {flag: value for flag, value in asdict(args).items() if isinstance(value, int | float)}
-    least, buffer = (args.n_step + STACK) * args.num_envs, Path(args.teacher_buffer or __file__)
+    least, buffer = (args.n_step + STACK) * args.num_envs, Path(args.teacher_buffer or __file__)  # which is there
     changed = [flag for flag in before if flag not in mutable.split() and getattr(args, flag) != before[flag]]
     rules = [
         ("env_id", args.env_id in games, "no game of ale-py's, such as PongNoFrameskip-v4 or ALE/Pong-v5"),

@@ -60,7 +60,7 @@ MUTANTS = {
     "the optimizer not restored": ('| {"state": saved["optimizer"]}', ""),
     "the generator not restored": ('            learner.generator.set_state(saved["generator"])\n', ""),
     "the checkpoint before is not kept": ("path.replace(before)", "path.unlink()"),
-    "checkpoints written in place": ('part = path.with_name(f"{path.name}.{os.getpid()}.part")', "part = path"),
+    "checkpoints written in place": ('part = Path(f"{path}.part" if before', 'part = Path(f"{path}" if before'),
     "points logged twice": ("purge_step=first_step", "purge_step=None"),
     "a file may run code": ('load, map_location="cpu", weights_only=True)', "load, weights_only=False)"),
     # teachers
