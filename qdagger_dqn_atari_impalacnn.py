@@ -16,7 +16,7 @@ The loss is the same in phases 2 and 3; its terms are means over a batch, and a 
     td_loss      = (Q(s, a) − y)²
     distill_loss = KL(π_teacher(·|s) ‖ π(·|s))    with π = softmax(Q / temperature)
     loss         = td_loss + distill_coef · λ · distill_loss
-    λ            = 1[t < distill_steps] · clip(1 − G_student / G_teacher, 0, 1)    with mean game scores G
+    λ            = 1[t < distill_steps] · clip(1 − G_student / G_teacher, 0, 1)    with online step t, mean scores G
 """
 
 import copy
@@ -90,14 +90,14 @@ class Args:
     adam_eps: float = 1e-8  # of Adam
     buffer_size: int = 1_000_000  # environment steps in the student's replay; 7.06 GB per million
     gamma: float = 0.99  # discount per step
-    tau: float = 1.0  # share of the online network in a target update; 1 copies it
+    tau: float = 1.0  # share of the learning network in a target update; 1 copies it
     target_network_frequency: int = 1000  # gradient steps (offline) or environment steps (online) per target update
     batch_size: int = 32  # transitions per gradient step
     n_step: int = 3  # rewards summed before the target network's value
     huber: bool = False  # Huber instead of squared TD error
     start_e: float = 1.0  # exploration at first, the teacher's during --teacher-steps as well
     end_e: float = 0.01  # exploration in the end, and in every evaluation
-    exploration_fraction: float = 0.10  # share of total_timesteps over which exploration falls, offline steps counted
+    exploration_fraction: float = 0.10  # it falls over this share of total_timesteps, from the first offline step on
     learning_starts: int = 80_000  # online steps before the first online gradient step
     train_frequency: int = 4  # online steps per gradient step
 
@@ -284,7 +284,7 @@ class FrameReplay:
                 self.load_state_dict(state)
 
     def add(self, *row) -> None:
-        """Write a step of each game: newest frames, uint8 (num_envs, 84, 84), and FIELDS, perhaps not the last."""
+        """A step of each game: newest frames, uint8 (num_envs, 84, 84), and FIELDS; without a teacher, not the last."""
         here = (self.written * self.num_envs + torch.arange(self.num_envs, device=self.device)) % self.size
         for name, values in zip(("frames", *self.FIELDS), row):
             getattr(self, name)[here] = torch.as_tensor(values, device=self.device)
@@ -494,7 +494,7 @@ class Run:
         """A new directory, or that of --resume, where what was logged from `first_step` on will be logged again."""
         self.next_save = time.monotonic() + 600  # for runs without --checkpoint-frequency
         game, settings = args.env_id.replace("/", "-"), asdict(args) | facts
-        self.directory = Path(args.resume or f"runs/{game}__{args.exp_name}__{args.seed}__{int(time.time())}")
+        self.directory = Path(args.resume or f"runs/{game}__{args.exp_name}__{args.seed}__{time.time_ns() // 10**6}")
         self.directory.mkdir(parents=True, exist_ok=args.resume is not None)
         if args.track:
             import wandb
@@ -531,11 +531,11 @@ def train(args: Args, stop: Sequence[int] = ()) -> Path:
     torch.backends.cudnn.deterministic = args.torch_deterministic
     graphed = Graphed if args.capture and on_gpu else lambda function, generator: function
     learner, progress, teacher = Learner(args, num_actions, device), Progress(), None
-    FrameReplay(args.buffer_size, args.num_envs, num_actions, device)  # if there is no room, that is better known now
+    FrameReplay(args.buffer_size, args.num_envs, num_actions, device)  # a GPU without room says so now; RAM fills later
     torch.cuda.empty_cache()  # or what is small and stays settles where that was
     facts = {"device": str(device), "torch": str(torch.__version__)}
 
-    # Phase 0: the teacher is found and measured. A run that is resumed has that behind it.
+    # Phase 0: the teacher is found and measured. A run that is resumed has that behind it, and a replay.
     if saved:
         with user_error(f"--resume {args.resume}: its checkpoint does not fit"):
             progress, facts, _ = Progress(**saved["progress"]), saved["facts"] | facts, len(saved["replay"])
@@ -645,7 +645,7 @@ def train(args: Args, stop: Sequence[int] = ()) -> Path:
         measured = progress.recent_returns, progress.teacher_return, progress.baseline_return
         progress.distilling &= args.distill_steps is None or begin < args.distill_steps  # once False, for good
         lambda_ = distill_coefficient(*measured) if progress.distilling else 0.0
-        progress.distilling &= lambda_ > 0 or not args.distill_latch  # from the next step on
+        progress.distilling &= lambda_ > 0 or not args.distill_latch  # lambda is 0 in this step as well
         learning_rate = learner.follow(lambda_) if teacher else args.learning_rate
         obs = torch.as_tensor(games.obs, device=device)
         actions, _ = policy(obs, epsilon)
@@ -682,7 +682,7 @@ def train(args: Args, stop: Sequence[int] = ()) -> Path:
 
 
 def network_of(state: dict[str, torch.Tensor], num_actions: int) -> AtariNetwork:
-    """The frozen network of these weights, known by their order and shapes; ValueError if none of NETWORKS fits."""
+    """The frozen network of these weights, the first of NETWORKS with as many, of these shapes; ValueError if none."""
     for kind in NETWORKS.values():
         network = kind(num_actions).requires_grad_(False)
         with suppress(ValueError, RuntimeError):  # another number of them, or other shapes

@@ -16,7 +16,7 @@ The loss is the same in phases 2 and 3; its terms are means over a batch, and a 
     td_loss      = (Q(s, a) − y)²
     distill_loss = KL(π_teacher(·|s) ‖ π(·|s))    with π = softmax(Q / temperature)
     loss         = td_loss + distill_coef · λ · distill_loss
-    λ            = 1[t < distill_steps] · clip(1 − G_student / G_teacher, 0, 1)    with mean game scores G
+    λ            = 1[t < distill_steps] · clip(1 − G_student / G_teacher, 0, 1)    with online step t, mean scores G
 
 Random numbers follow from the seed and the number of the step. The sibling in PyTorch: qdagger_dqn_atari_impalacnn.py.
 """
@@ -40,7 +40,7 @@ from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # or JAX takes three quarters of a GPU when it starts
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # or JAX takes at once all that it may, 75% of a GPU
 os.environ.setdefault("XLA_FLAGS", "--xla_cpu_experimental_ynn_fusion_type=-individual_convolution")  # 1.4x on a CPU
 
 import ale_py
@@ -95,14 +95,14 @@ class Args:
     adam_eps: float = 1e-8  # of Adam
     buffer_size: int = 1_000_000  # environment steps in the student's replay; 7.06 GB per million
     gamma: float = 0.99  # discount per step
-    tau: float = 1.0  # share of the online network in a target update; 1 copies it
+    tau: float = 1.0  # share of the learning network in a target update; 1 copies it
     target_network_frequency: int = 1000  # gradient steps (offline) or environment steps (online) per target update
     batch_size: int = 32  # transitions per gradient step
     n_step: int = 3  # rewards summed before the target network's value
     huber: bool = False  # Huber instead of squared TD error
     start_e: float = 1.0  # exploration at first, the teacher's during --teacher-steps as well
     end_e: float = 0.01  # exploration in the end, and in every evaluation
-    exploration_fraction: float = 0.10  # share of total_timesteps over which exploration falls, offline steps counted
+    exploration_fraction: float = 0.10  # it falls over this share of total_timesteps, from the first offline step on
     learning_starts: int = 80_000  # online steps before the first online gradient step
     train_frequency: int = 4  # online steps per gradient step
 
@@ -205,9 +205,9 @@ Conv, Dense = partial(nn.Conv, kernel_init=INIT), partial(nn.Dense, kernel_init=
 def max_pool(x: jax.Array) -> jax.Array:
     """3 x 3, stride 2, padding 1, by pairs of rows, then of columns: reduce_window's gradient is slow on a CPU."""
     for _ in range(2):
-        x = jnp.pad(x, ((0, 0), (2, x.shape[1] % 2), (0, 0), (0, 0)), constant_values=-jnp.inf)  # rows -2 and -1
-        first, second = jnp.unstack(x.reshape(len(x), -1, 2, *x.shape[2:]), axis=2)
-        x = jnp.maximum(jnp.maximum(first, second)[:, 1:], second[:, :-1]).swapaxes(1, 2)  # rows 2i, 2i + 1 and 2i - 1
+        x = jnp.pad(x, ((0, 0), (2, x.shape[1] % 2), (0, 0), (0, 0)), constant_values=-jnp.inf)
+        first, second = jnp.unstack(x.reshape(len(x), -1, 2, *x.shape[2:]), axis=2)  # pair i: rows 2i - 2, 2i - 1
+        x = jnp.maximum(jnp.maximum(first, second)[:, 1:], second[:, :-1]).swapaxes(1, 2)  # rows 2i, 2i + 1; and 2i - 1
     return x
 
 
@@ -296,7 +296,7 @@ class FrameReplay:
 
     @partial(jax.jit, donate_argnums=0)
     def add(self, obs, *fields) -> "FrameReplay":
-        """This one, donated, with a step more: obs uint8 (num_envs, 4, 84, 84), and FIELDS, perhaps not the last."""
+        """This one, donated, plus a step: obs uint8 (num_envs, 4, 84, 84), FIELDS; without a teacher not the last."""
         here = self.written * self.num_envs % len(self.rewards)
         put = partial(jax.lax.dynamic_update_slice_in_dim, start_index=here, axis=0)
         row = zip(("frames", *self.FIELDS), (obs[:, -1].reshape(self.num_envs, -1), *fields))
@@ -330,7 +330,7 @@ class FrameReplay:
         """All that was written, on the host, the frames compressed by several threads."""
         used = min(int(self.written) * self.num_envs, len(self.rewards))
         blocks = [slice(begin, min(begin + self.BLOCK, used)) for begin in range(0, used, self.BLOCK)]
-        with ThreadPoolExecutor() as pool:
+        with ThreadPoolExecutor(8) as pool:  # each has a block on the device
             packed = pool.map(lambda block: zlib.compress(np.asarray(self.frames[block]), level=1), blocks)
             frames = [np.frombuffer(block, dtype=np.uint8) for block in packed]
         fields = {name: np.asarray(getattr(self, name)[:used]) for name in self.FIELDS}
@@ -442,7 +442,7 @@ class Learner:
 
     @partial(jax.jit, static_argnums=0, donate_argnums=(1, 2))
     def update(self, params, opt_state, target_params, replay, distill_weight: float, learning_rate: float):
-        """All of a gradient step as one XLA program: params and opt_state after it, in their place, and its metrics."""
+        """A gradient step, one XLA program, self a constant in it: params and opt_state, both donated, and metrics."""
         args, key = self.args, jax.random.fold_in(self.key, opt_state.count)
         batch = replay.sample(args.batch_size, args.n_step, args.gamma, key)
         next_q_values = self.network.apply(target_params, batch.next_obs)
@@ -468,7 +468,7 @@ class Learner:
         return values
 
     def update_target(self, tau: float) -> None:
-        self.target_params = optax.incremental_update(self.params, self.target_params, tau)
+        self.target_params = jax.jit(optax.incremental_update, donate_argnums=1)(self.params, self.target_params, tau)
 
 
 @dataclass
@@ -494,7 +494,7 @@ class Run:
         """A new directory, or that of --resume, where what was logged from `first_step` on will be logged again."""
         self.next_save = time.monotonic() + 600  # for runs without --checkpoint-frequency
         game, settings = args.env_id.replace("/", "-"), asdict(args) | facts
-        self.directory = Path(args.resume or f"runs/{game}__{args.exp_name}__{args.seed}__{int(time.time())}")
+        self.directory = Path(args.resume or f"runs/{game}__{args.exp_name}__{args.seed}__{time.time_ns() // 10**6}")
         self.directory.mkdir(parents=True, exist_ok=args.resume is not None)
         if args.track:
             import wandb
@@ -530,7 +530,7 @@ def train(args: Args, stop: Sequence[int] = ()) -> Path:
     FrameReplay.create(args.buffer_size, args.num_envs, num_actions)  # if there is no room, that is better known now
     facts = {"device": device.device_kind, "jax": jax.__version__}
 
-    # Phase 0: the teacher is found and measured. A run that is resumed has that behind it.
+    # Phase 0: the teacher is found and measured. A run that is resumed has that behind it, and a replay.
     if saved:
         with user_error(f"--resume {args.resume}: its checkpoint does not fit"):
             progress, facts, _ = Progress(**saved["progress"]), saved["facts"] | facts, len(saved["replay"])
@@ -623,11 +623,11 @@ def train(args: Args, stop: Sequence[int] = ()) -> Path:
                 bar.postfix = f"return={np.mean(progress.scores):.1f}, λ=1.00"
         learner.update_target(tau=1.0)
         progress.phase, progress.step, progress.evaluated, progress.offset = 3, 0, 0, args.offline_steps
-        del replay  # room for the student's own
+        replay = content = obs = actions = q_values = None  # room for the student's own, in one piece
 
     # Phase 3: the student plays on by itself, and the teacher fades.
-    replay = FrameReplay.create(args.buffer_size, args.num_envs, num_actions, saved.pop("replay", None))
     learner.metrics, exploration_steps = {}, args.exploration_fraction * args.total_timesteps
+    replay = FrameReplay.create(args.buffer_size, args.num_envs, num_actions, saved.pop("replay", None))
     learning_starts = max(args.learning_starts, (args.n_step + STACK) * args.num_envs)
     final = args.learning_rate if args.final_learning_rate is None or not teacher else args.final_learning_rate
     games = AtariGames(args, args.num_envs, args.seed + progress.step)
@@ -637,7 +637,7 @@ def train(args: Args, stop: Sequence[int] = ()) -> Path:
         measured = progress.recent_returns, progress.teacher_return, progress.baseline_return
         progress.distilling &= args.distill_steps is None or begin < args.distill_steps  # once False, for good
         lambda_ = distill_coefficient(*measured) if progress.distilling else 0.0
-        progress.distilling &= lambda_ > 0 or not args.distill_latch  # from the next step on
+        progress.distilling &= lambda_ > 0 or not args.distill_latch  # lambda is 0 in this step as well
         learning_rate = final + (args.learning_rate - final) * lambda_
         obs = jax.device_put(games.obs)
         actions, _ = act(learner.network, learner.params, key_of_student, begin, obs, epsilon)
@@ -674,7 +674,7 @@ def train(args: Args, stop: Sequence[int] = ()) -> Path:
 
 
 def network_of(weights: list, num_actions: int) -> tuple[nn.Module, dict]:
-    """The network of these weights, known by their order and shapes; ValueError if none of NETWORKS fits."""
+    """The network of these weights, the first of NETWORKS with as many, of these shapes; ValueError if none."""
     for kind in NETWORKS.values():
         network = kind(num_actions)
         shapes = jax.eval_shape(network.init, jax.random.PRNGKey(0), jnp.zeros((1, STACK, SIDE, SIDE), jnp.uint8))
