@@ -12,7 +12,7 @@ few by which each run measured it.
 
 Curves are evaluations, or, of a run that has none online, means of ten training games in turn, of fewer if there are
 not thirty; thin lines are single seeds. Scores are those of the final network. Intervals are 95%: of the mean over
-seeds in curves (Student's t), and of interquartile means by a bootstrap stratified by game (Agarwal et al., 2021).
+seeds (Student's t), and of interquartile means by a bootstrap stratified by game (Agarwal et al., 2021).
 """
 
 import argparse
@@ -229,26 +229,27 @@ def aggregate_figure(table: pd.DataFrame, labels: dict[str, str], path: Path) ->
 # ---- Tables
 
 
+def cell(runs: pd.DataFrame) -> str:
+    """The scores of all seeds of one kind in one game: mean, 95% interval of three or more, share of the teacher's."""
+    if runs.empty:
+        return "–"
+    interval = f" ± {stats.t.ppf(0.975, len(runs) - 1) * runs.score.sem():.1f}" if len(runs) > 2 else ""
+    share = runs.teacher_normalised.mean()
+    return f"{runs.score.mean():.1f}{interval}" + ("" if np.isnan(share) else f", {share:.0%}")
+
+
 def markdown(rows: pd.DataFrame, labels: dict[str, str]) -> str:
-    """The README's table: a row for each game and kind."""
-    lines = [
-        "| game | | score, mean over seeds | of the teacher's, above random play | seeds |",
-        "|---|---|---|---|---|",
-    ]
+    """The README's table: a row for each kind, a column for each game."""
     table = scores(rows)
-    for game in sorted(table.game.unique()):
-        teacher = teacher_return(rows, game)
-        if not np.isnan(teacher):
-            lines.append(f"| {game} | the teacher | {teacher:.1f} | 100% | – |")
-        for kind, label in labels.items():
-            runs = table[(table.game == game) & (table.kind == kind)]
-            if runs.empty:
-                continue
-            spread = f" ± {runs.score.std():.1f}" if len(runs) > 1 else ""
-            share = runs.teacher_normalised.mean()
-            share = "–" if np.isnan(share) else f"{share:.0%}"
-            lines.append(f"| {game} | {label} | {runs.score.mean():.1f}{spread} | {share} | {len(runs)} |")
-    return "\n".join(lines)
+    games, head = sorted(table.game.unique()), "mean score, 95% interval, share of the teacher's above random play"
+    teachers = [f"{teacher_return(rows, game):.1f}".replace("nan", "–") for game in games]
+    lines = [[head, *games, "seeds"], ["---"] * (len(games) + 2), ["the teacher", *teachers, "–"]]
+    for kind, label in labels.items():
+        of_kind = table[table.kind == kind]
+        if len(of_kind):
+            seeds = " or ".join(map(str, sorted(set(of_kind.groupby("game").size()))))
+            lines.append([label, *(cell(of_kind[of_kind.game == game]) for game in games), seeds])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def into_readme(name: str, table: str, directory: Path) -> None:
