@@ -2,7 +2,7 @@
 
     python tools/plot.py benchmark                          # what tools/run.py has run there
     python tools/plot.py benchmark --out results/pong_cpu   # the same, with the files written there
-    python tools/plot.py results/pong_cpu --readme          # again from its results.csv, the table into README.md too
+    python tools/plot.py results/pong_cpu --readme          # again from its results.csv, the table into its README
     python tools/plot.py results/speed --readme             # the tables of tools/speed.py there
 
 Written are results.csv (run, tag, step, value, and seconds since the run began), curves.png, scores.csv, and, where a
