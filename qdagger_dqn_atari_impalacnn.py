@@ -431,8 +431,10 @@ class Learner(nn.Module):  # for a state_dict of both networks
         self.q_network.amp = args.amp
         self.target_network = copy.deepcopy(self.q_network).requires_grad_(False)
         self.distill_weight, learning_rate = torch.tensor([0.0, args.learning_rate], device=device)  # read by graphs
-        options = {"lr": learning_rate, "eps": args.adam_eps, "fused": True, "capturable": device.type == "cuda"}
+        captured = device.type == "cuda" and args.capture
+        options = {"lr": learning_rate, "eps": args.adam_eps, "fused": True, "capturable": captured}
         self.optimizer = torch.optim.Adam(self.q_network.parameters(), **options)
+        self.optimizer._warned_capturable_if_run_uncaptured = True  # its first three steps are not, see Graphed
         self.metrics: dict[str, torch.Tensor] = {}  # scalars
         with user_error("--compile: torch.compile fails here"):
             for network in (self.q_network, self.target_network) if args.compile else ():
@@ -533,7 +535,7 @@ def train(args: Args, stop: Sequence[int] = ()) -> Path:
     learner, progress, teacher = Learner(args, num_actions, device), Progress(), None
     FrameReplay(args.buffer_size, args.num_envs, num_actions, device)  # a GPU without room says so now; RAM fills later
     torch.cuda.empty_cache()  # or what is small and stays settles where that was
-    facts = {"device": str(device), "torch": str(torch.__version__)}
+    facts = {"device": torch.cuda.get_device_name() if on_gpu else "cpu", "torch": str(torch.__version__)}
 
     # Phase 0: the teacher is found and measured. A run that is resumed has that behind it, and a replay.
     if saved:
@@ -576,7 +578,8 @@ def train(args: Args, stop: Sequence[int] = ()) -> Path:
             if by_time or by_step or evaluating or stop or at_end:
                 learner.read_metrics()  # nothing is kept that has diverged
                 if args.save_model:
-                    write(learner.q_network.state_dict(), run.directory / f"{args.exp_name}.cleanrl_model")
+                    weights = {name: tensor.cpu() for name, tensor in learner.q_network.state_dict().items()}
+                    write(weights, run.directory / f"{args.exp_name}.cleanrl_model")
                 state = {"args": asdict(args), "facts": facts, "progress": asdict(progress)}
                 state |= {"networks": learner.state_dict(), "optimizer": learner.optimizer.state_dict()["state"]}
                 state |= {"generator": learner.generator.get_state(), "replay": replay.state_dict()}
@@ -796,7 +799,7 @@ class Graphed:
             with user_error("--capture: try --no-capture"), torch.cuda.graph(self.graph, stream=self.stream):
                 self.outputs = self.function(*self.inputs)
         for own, value in zip(self.inputs, inputs):
-            own.copy_(torch.as_tensor(value))
+            own.copy_(value) if torch.is_tensor(value) else own.fill_(value)
         self.graph.replay()
         return self.outputs
 

@@ -1,6 +1,7 @@
 """The gradient step by hand; it stays the same in bfloat16, compiled, and as CUDA graphs, on a GPU or simulated."""
 
 import copy
+import gc
 import os
 import runpy
 import shutil
@@ -181,13 +182,40 @@ def test_three_calls_are_plain_the_fourth_is_captured_and_later_ones_run_no_pyth
     assert refusal(failing, inputs[3]) == "--capture: try --no-capture (pop index out of range)"
 
 
+class NothingOfTheCPU(TorchDispatchMode):
+    def __torch_dispatch__(self, kernel, types, args=(), kwargs=None):
+        result = kernel(*args, **kwargs or {})
+        assert all(leaf.is_meta for leaf in tree_leaves((args, kwargs, result)) if torch.is_tensor(leaf)), kernel
+        return result
+
+
+@pytest.mark.parametrize("network", ["impala", "nature"])
+def test_what_is_captured_stays_on_the_device(network, monkeypatch):
+    """Tried on the device meta, where nothing can be read or waited for; the generator and Adam are not there."""
+    monkeypatch.setattr(torch, "Generator", MagicMock())
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())
+    monkeypatch.setattr(torch.optim, "Adam", MagicMock())
+    made = Learner(replace(ARGS, network=network), 4, torch.device("meta"))
+    made.generator, replay = None, FrameReplay(96, 4, 4, "meta")
+    obs, epsilon = torch.empty(4, 4, 84, 84, dtype=torch.uint8, device="meta"), torch.empty((), device="meta")
+    with NothingOfTheCPU():
+        made.gradient_step(replay)
+        qdagger.act(made.q_network, None, obs, epsilon)
+
+
 @pytest.mark.gpu
 def test_a_replay_lies_on_the_gpu_and_graphs_reuse_their_memory():
-    """7,056 bytes per frame and 86 beside it for 18 actions, and all of them there."""
+    """7,056 bytes per frame and 30 beside it for 4 actions, all of them there, also beyond 2^31 of them."""
+    gc.collect()
     (made, small), before = learner("cuda"), torch.cuda.memory_allocated()
-    replay = FrameReplay(100_000, 4, 18, "cuda")
-    assert (torch.cuda.memory_allocated() - before) / 100_000 == pytest.approx(7056 + 86, rel=0.1)
+    replay, same = FrameReplay(320_000, 2, 4, "cuda"), FrameReplay(320_000, 2, 4)
+    assert (torch.cuda.memory_allocated() - before) / 320_000 == pytest.approx(7056 + 30, rel=0.003)
     assert all(value.is_cuda for value in vars(replay).values() if torch.is_tensor(value))
+    for each in (replay, same):
+        each.written.fill_(160_000 - 6)
+        add(each, np.random.default_rng(1), 6)
+    last = torch.arange(320_000 - 12, 320_000)
+    assert torch.equal(replay.stacks(last.cuda()).cpu(), same.stacks(last)) and same.stacks(last).float().std() > 1
     step = Graphed(partial(made.gradient_step, small), made.generator)
     used = [(step(), torch.cuda.memory_allocated())[1] for _ in range(200)]
     assert len(set(used[5:])) == 1
