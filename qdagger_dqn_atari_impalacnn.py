@@ -225,7 +225,7 @@ class AtariNetwork(nn.Module):
 
     def __init__(self, layers: list[nn.Module], hidden: int, num_actions: int):
         super().__init__()
-        self.amp = False  # True: all layers but the last in bfloat16, too coarse to tell one action from another
+        self.amp = False  # True: bfloat16 in all layers but the last, where it is too coarse to tell actions apart
         features = nn.Sequential(*layers)(torch.zeros(1, STACK, SIDE, SIDE)).numel()
         head = [nn.Flatten(), nn.Linear(features, hidden), nn.ReLU(), nn.Linear(hidden, num_actions)]
         self.network = nn.Sequential(*layers, *head)
@@ -264,7 +264,7 @@ class FrameReplay:
     Step t of environment i, number t * num_envs + i, holds its observation's newest frame and what was done there; the
     next observation is that of step t + 1. A stack never reaches into an older episode but repeats its own first frame.
     Draws pass over truncated steps, whose next observation is not stored; a return that meets one stops before it and
-    bootstraps from the observation there. Forced steps, and the last before a resume, are stored as truncated.
+    bootstraps from the observation there. Steps that AtariGames forces, or last before a resume, count as truncated.
     """
 
     FIELDS = ("actions", "rewards", "terminations", "truncations", "teacher_q_values")  # beside frames, in add's order
@@ -297,7 +297,7 @@ class FrameReplay:
         draw = torch.rand(4 * batch_size, dtype=torch.float64, generator=generator, device=self.device)
         numbers = oldest + (draw * ((self.written - n_step) * num_envs - oldest)).long()
         truncated = self.truncations[numbers % size].long()
-        numbers = numbers[truncated.argsort(stable=True)[:batch_size]]  # the first that are not
+        numbers = numbers[truncated.argsort(stable=True)[:batch_size]]  # of four times as many the first that are not
 
         window = (numbers[:, None] + ahead * num_envs) % size  # (batch, n_step)
         terminations, truncations = self.terminations[window].long(), self.truncations[window].long()
@@ -340,8 +340,8 @@ class FrameReplay:
 class AtariGames:
     """Atari as the reference wrappers show it (stable_baselines3's AtariWrapper), game i with seed + i.
 
-    An image is grey, 84 x 84; an episode's first one fills its whole stack. A lost life ends an episode, not the game:
-    NOOP, FIRE and action 2 are then forced, and the last two at a game's start; where there is no FIRE, only the NOOP.
+    An image is grey, 84 x 84; an episode's first one fills its whole stack. A lost life ends an episode, not the game,
+    and forces a NOOP; where there is FIRE, FIRE and action 2 follow it, and open every game as well.
     Such a step is not the agent's: `actions` says what was really done, and it is an episode of its own, truncated.
     Games play on between `step_async` and `step_wait`, in ALE's threads. All follows from seed and actions.
     """
@@ -485,7 +485,7 @@ class Progress:
     baseline_return: float = 0.0  # mean of random play's, if that is the baseline
     distilling: bool = False  # False is for good: the teacher is asked no more, and its stored Q-values go stale
     recent_returns: list[float] = field(default_factory=list)  # of the last 10 whole online games
-    evaluated: int = 0  # step of this phase's last evaluation, not to be repeated there, nor at 0; -1: none yet
+    evaluated: int = 0  # step of this phase's last evaluation, not repeated; -1: none yet; 0 online: none due at first
     scores: list[float] = field(default_factory=list)  # of its games
 
 
@@ -511,10 +511,10 @@ class Run:
         for tag, value in scalars.items():
             self.writer.add_scalar(tag, value, step)
 
-    def save(self, state: dict) -> None:
+    def save(self, state: dict, replay: FrameReplay) -> None:
         start, path = time.monotonic(), self.directory / "checkpoint.pt"
         self.writer.flush()
-        write(state, path, before=path.with_suffix(".previous.pt"))
+        write(state | {"replay": replay.state_dict()}, path, before=path.with_suffix(".previous.pt"))
         self.next_save = time.monotonic() + max(600, 100 * (time.monotonic() - start))  # at most 1% of the time for it
 
 
@@ -534,7 +534,7 @@ def train(args: Args, stop: Sequence[int] = ()) -> Path:
     graphed = Graphed if args.capture and on_gpu else lambda function, generator: function
     learner, progress, teacher = Learner(args, num_actions, device), Progress(), None
     FrameReplay(args.buffer_size, args.num_envs, num_actions, device)  # a GPU without room says so now; RAM fills later
-    torch.cuda.empty_cache()  # or what is small and stays settles where that was
+    torch.cuda.empty_cache()  # else small tensors that stay would settle in its place
     facts = {"device": torch.cuda.get_device_name() if on_gpu else "cpu", "torch": str(torch.__version__)}
 
     # Phase 0: the teacher is found and measured. A run that is resumed has that behind it, and a replay.
@@ -582,8 +582,8 @@ def train(args: Args, stop: Sequence[int] = ()) -> Path:
                     write(weights, run.directory / f"{args.exp_name}.cleanrl_model")
                 state = {"args": asdict(args), "facts": facts, "progress": asdict(progress)}
                 state |= {"networks": learner.state_dict(), "optimizer": learner.optimizer.state_dict()["state"]}
-                state |= {"generator": learner.generator.get_state(), "replay": replay.state_dict()}
-                run.save(state | {"teacher": teacher and teacher.state_dict()})
+                state |= {"generator": learner.generator.get_state(), "teacher": teacher and teacher.state_dict()}
+                run.save(state, replay)
             if stop:
                 raise KeyboardInterrupt(stop[0], f"stopped; go on with: python {sys.argv[0]} --resume {run.directory}")
             if at_end:
@@ -668,7 +668,7 @@ def train(args: Args, stop: Sequence[int] = ()) -> Path:
         if due(begin, end, 100):
             scalars = {f"losses/{name}": value for name, value in learner.read_metrics().items()}
             if not progress.distilling:
-                scalars.pop("losses/distill_loss", None)  # there is no teacher to differ from
+                scalars.pop("losses/distill_loss", None)  # the teacher's stored Q-values are stale, or missing
             scalars |= {"charts/epsilon": epsilon, "charts/distill_coeff": lambda_}
             scalars |= {"charts/learning_rate": learning_rate, "charts/SPS": end / progress.seconds}
             run.log(progress.offset + end, scalars)
@@ -839,7 +839,7 @@ def validate(args: Args, before: dict) -> None:
     shares = "gamma tau start_e end_e exploration_fraction repeat_action_probability"
     games = [env_id for env_id in gym.registry if re.fullmatch(r"(ALE/\w+-v5)|(\w+NoFrameskip-v4)", env_id)]
     numbers = {flag: value for flag, value in asdict(args).items() if isinstance(value, int | float)}
-    least, buffer = (args.n_step + STACK) * args.num_envs, Path(args.teacher_buffer or __file__)  # which is there
+    least, buffer = (args.n_step + STACK) * args.num_envs, Path(args.teacher_buffer or __file__)  # unset: this file
     changed = [flag for flag in before if flag not in mutable.split() and getattr(args, flag) != before[flag]]
     rules = [
         ("env_id", args.env_id in games, "no game of ale-py's, such as PongNoFrameskip-v4 or ALE/Pong-v5"),

@@ -18,7 +18,7 @@ from conftest import PROGRAM, Malicious, interrupted, points, refusal, saved
 from test_train import SETTINGS, Clockwork, same, tiny
 
 import qdagger_dqn_atari_impalacnn as qdagger
-from qdagger_dqn_atari_impalacnn import Args, Learner, Run, load_checkpoint, train
+from qdagger_dqn_atari_impalacnn import Args, FrameReplay, Learner, Run, load_checkpoint, train
 
 NEW = SETTINGS | dict(teacher_steps=512, total_timesteps=320, learning_starts=160, buffer_size=240, num_envs=8)
 NEW |= dict(target_network_frequency=40, eval_frequency=100, train_frequency=8, checkpoint_frequency=0)
@@ -49,7 +49,7 @@ def go(make_model, tmp_path_factory, monkeypatch):
 
     spy(Clockwork, "step_wait", lambda games: "evaluation" if games.clock > 20_000 else "training")
     spy(Learner, "gradient_step", lambda *_: "update")
-    spy(Run, "save", lambda _, state: (state["progress"]["phase"], state["progress"]["step"]))
+    spy(Run, "save", lambda _, state, replay: (state["progress"]["phase"], state["progress"]["step"]))
     monkeypatch.setattr(Run, "log", lambda run, *args: (log(run, *args), run.writer.flush()))  # nothing logged is lost
     monkeypatch.setattr(qdagger, "AtariGames", Clockwork)
     monkeypatch.setitem(qdagger.NETWORKS, "nature", tiny)
@@ -177,14 +177,15 @@ def test_only_flags_that_change_no_result_may_change_and_a_run_may_be_longer(go,
 
 
 def test_checkpoints_come_every_so_many_steps_or_as_time_allows(go, monkeypatch):
-    """By a clock in which a vector step takes 100 s and a checkpoint 20: after 10 minutes, then after 2,000 s."""
+    """By a clock in which a vector step takes 100 s, and a checkpoint 15 to compress and 5 to write."""
     scratch = dict(teacher="none", learning_starts=1000, eval_frequency=0, save_model=False)
     go(checkpoint_frequency=24, total_timesteps=100, **scratch)
     assert [event[1] for event in go.events if isinstance(event, tuple)] == [24, 48, 72, 96, 104]
-    written, write = [], qdagger.write
+    cost, write, compress = [], qdagger.write, FrameReplay.state_dict
     go.events.clear()
-    monkeypatch.setattr(qdagger, "write", lambda *args, **before: written.append(1) or write(*args, **before))
-    clock = {"monotonic": lambda: 100.0 * go.events.count("training") + 20 * len(written)}
+    monkeypatch.setattr(qdagger, "write", lambda *args, **before: cost.append(5) or write(*args, **before))
+    monkeypatch.setattr(FrameReplay, "state_dict", lambda replay: cost.append(15) or compress(replay))
+    clock = {"monotonic": lambda: 100.0 * go.events.count("training") + sum(cost)}
     monkeypatch.setattr(qdagger, "time", SimpleNamespace(**vars(time) | clock))
     go(checkpoint_frequency=None, total_timesteps=480, **scratch)
     assert [event[1] for event in go.events if isinstance(event, tuple)] == [8 * row for row in (7, 28, 49, 60)]
