@@ -8,7 +8,7 @@ Reincarnating Reinforcement Learning (Agarwal et al., 2022, arXiv 2206.01626). A
 
 1. Teacher buffer: the teacher plays, ever less at random; its transitions are stored with its Q-values.
 2. Offline: the student learns from that buffer alone, with λ = 1.
-3. Online: the student plays and learns from transitions of its own; λ fades as its return nears the teacher's.
+3. Online: the student plays and learns from its own steps; λ, 1 until ten games ended, falls as it nears the teacher.
 
 The loss is the same in phases 2 and 3; its terms are means over a batch, and a reward r is 1, 0 or -1:
 
@@ -16,7 +16,7 @@ The loss is the same in phases 2 and 3; its terms are means over a batch, and a 
     td_loss      = (Q(s, a) − y)²
     distill_loss = KL(π_teacher(·|s) ‖ π(·|s))    with π = softmax(Q / temperature)
     loss         = td_loss + distill_coef · λ · distill_loss
-    λ            = 1[t < distill_steps] · clip(1 − G_student / G_teacher, 0, 1)    with online step t, mean scores G
+    λ            = 1[t < distill_steps] · clip(1 − G_student / G_teacher, 0, 1)    t: online step, G: mean raw scores
 """
 
 import copy
@@ -485,7 +485,7 @@ class Progress:
     baseline_return: float = 0.0  # mean of random play's, if that is the baseline
     distilling: bool = False  # False is for good: the teacher is asked no more, and its stored Q-values go stale
     recent_returns: list[float] = field(default_factory=list)  # of the last 10 whole online games
-    evaluated: int = 0  # step of this phase's last evaluation, not repeated; -1: none yet; 0 online: none due at first
+    evaluated: int = 0  # step of this phase's last evaluation, not to be repeated; -1: none yet; online begins at 0
     scores: list[float] = field(default_factory=list)  # of its games
 
 
@@ -558,7 +558,7 @@ def train(args: Args, stop: Sequence[int] = ()) -> Path:
         if progress.teacher_return <= progress.baseline_return:
             raise UserError(f"--teacher {args.teacher}: {means}: take another, or --return-baseline random")
     run = Run(args, facts, (progress.offset + progress.step + 1) if saved and progress.phase > 1 else 0)
-    if teacher and (progress.phase == 1 or not saved):
+    if teacher and (progress.phase == 1 or not saved):  # in phase 1 a resumed run logs all anew
         run.log(0, {"charts/teacher/avg_episodic_return": progress.teacher_return})
 
     def steps(name: str, total: int, stride: int, tag: str = "", every: int = 0) -> Iterator[tqdm]:
@@ -648,7 +648,7 @@ def train(args: Args, stop: Sequence[int] = ()) -> Path:
         measured = progress.recent_returns, progress.teacher_return, progress.baseline_return
         progress.distilling &= args.distill_steps is None or begin < args.distill_steps  # once False, for good
         lambda_ = distill_coefficient(*measured) if progress.distilling else 0.0
-        progress.distilling &= lambda_ > 0 or not args.distill_latch  # lambda is 0 in this step as well
+        progress.distilling &= lambda_ > 0 or not args.distill_latch  # latched; lambda_ is 0 in this step already
         learning_rate = learner.follow(lambda_) if teacher else args.learning_rate
         obs = torch.as_tensor(games.obs, device=device)
         actions, _ = policy(obs, epsilon)
@@ -732,7 +732,7 @@ def find_teacher(args: Args) -> tuple[Path, str]:
             return Path(hf_hub_download(repo, file)), f"from the hub, {repo}"
         except Exception as error:
             if isinstance(error, errors.HfHubHTTPError) and error.response.status_code < 429:
-                raise  # its answer, to a wrong name perhaps; but too many requests and its own errors are out of reach
+                raise  # a real answer, such as 404 to a wrong name; 429 and 5xx count as out of reach
             with suppress(errors.LocalEntryNotFoundError):
                 return Path(hf_hub_download(repo, file, local_files_only=True)), f"from the cache of the hub, {repo}"
     bundled = Path(__file__).parent / "teachers" / f"{env_id}.cleanrl_model"
@@ -819,7 +819,7 @@ def film(args: Args, seed: int, actions: list[int], path: Path) -> None:
 
 
 def upload(args: Args, run_dir: Path | None = None, score: str = "") -> None:
-    """Make the hub's repository for the model, which only works if one may; in the end, publish the run there."""
+    """Before the first step make the hub's repository, to see that one may; at the end publish the run there."""
     name, task = f"{args.env_id}-{args.exp_name}-seed{args.seed}".replace("/", "-"), "reinforcement-learning"
     with user_error("--upload-model: no way to write there; `hf auth login` first, or another --hf-entity"):
         repo = HfApi().create_repo(f"{args.hf_entity}/{name}".removeprefix("/"), exist_ok=True).repo_id
@@ -843,7 +843,7 @@ def validate(args: Args, before: dict) -> None:
     changed = [flag for flag in before if flag not in mutable.split() and getattr(args, flag) != before[flag]]
     rules = [
         ("env_id", args.env_id in games, "no game of ale-py's, such as PongNoFrameskip-v4 or ALE/Pong-v5"),
-        *((flag, 0 <= number < 2**53, "must lie between 0 and 2^53") for flag, number in numbers.items()),
+        *((flag, 0 <= number < 2**31, "must lie between 0 and 2^31") for flag, number in numbers.items()),
         *((flag, numbers[flag] > 0, "must be above 0") for flag in positive.split()),
         *((flag, numbers.get(flag, 0) <= 1, "must lie between 0 and 1") for flag in shares.split()),
         ("buffer_size", args.buffer_size >= least, f"too few: {least} or more"),

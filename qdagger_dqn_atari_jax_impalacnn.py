@@ -8,7 +8,7 @@ Reincarnating Reinforcement Learning (Agarwal et al., 2022, arXiv 2206.01626). A
 
 1. Teacher buffer: the teacher plays, ever less at random; its transitions are stored with its Q-values.
 2. Offline: the student learns from that buffer alone, with λ = 1.
-3. Online: the student plays and learns from transitions of its own; λ fades as its return nears the teacher's.
+3. Online: the student plays and learns from its own steps; λ, 1 until ten games ended, falls as it nears the teacher.
 
 The loss is the same in phases 2 and 3; its terms are means over a batch, and a reward r is 1, 0 or -1:
 
@@ -16,7 +16,7 @@ The loss is the same in phases 2 and 3; its terms are means over a batch, and a 
     td_loss      = (Q(s, a) − y)²
     distill_loss = KL(π_teacher(·|s) ‖ π(·|s))    with π = softmax(Q / temperature)
     loss         = td_loss + distill_coef · λ · distill_loss
-    λ            = 1[t < distill_steps] · clip(1 − G_student / G_teacher, 0, 1)    with online step t, mean scores G
+    λ            = 1[t < distill_steps] · clip(1 − G_student / G_teacher, 0, 1)    t: online step, G: mean raw scores
 
 Random numbers follow from the seed and the number of the step. The sibling in PyTorch: qdagger_dqn_atari_impalacnn.py.
 """
@@ -189,7 +189,7 @@ def due(begin: int, end: int, every: int) -> bool:
 
 @partial(jax.jit, static_argnums=0)
 def act(network: nn.Module, params: dict, key: jax.Array, step: int, obs: jax.Array, epsilon: float):
-    """epsilon-greedy actions int32 (batch,), drawn by `key` and `step` alone, and Q-values (batch, num_actions)."""
+    """epsilon-greedy actions int32 (batch,), random by `key` and `step` alone, and Q-values (batch, num_actions)."""
     q_values, draws = network.apply(params, obs), jax.random.uniform(jax.random.fold_in(key, step), (2, len(obs)))
     random_actions = (draws[0] * q_values.shape[1]).astype(int)
     return jnp.where(draws[1] < epsilon, random_actions, q_values.argmax(1)), q_values
@@ -296,7 +296,7 @@ class FrameReplay:
 
     @partial(jax.jit, donate_argnums=0)
     def add(self, obs, *fields) -> "FrameReplay":
-        """This one, donated, plus a step: obs uint8 (num_envs, 4, 84, 84), FIELDS; without a teacher not the last."""
+        """This one, donated, plus a step: obs uint8 (num_envs, 4, 84, 84), FIELDS; the last only while distilling."""
         here = self.written * self.num_envs % len(self.rewards)
         put = partial(jax.lax.dynamic_update_slice_in_dim, start_index=here, axis=0)
         row = zip(("frames", *self.FIELDS), (obs[:, -1].reshape(self.num_envs, -1), *fields))
@@ -307,7 +307,7 @@ class FrameReplay:
         size, num_envs, ahead = len(self.rewards), self.num_envs, jnp.arange(n_step)
         oldest = jnp.maximum((self.written + STACK - 1) * num_envs - size, 0)  # the first whose stack is whole
         numbers = jax.random.randint(key, (4 * batch_size,), oldest, (self.written - n_step) * num_envs)
-        numbers = numbers[self.truncations[numbers % size].argsort()[:batch_size]]  # stable: the first not truncated
+        numbers = numbers[self.truncations[numbers % size].argsort()[:batch_size]]  # the first that are not truncated
 
         window = (numbers[:, None] + ahead * num_envs) % size  # (batch, n_step)
         terminations, truncations = self.terminations[window], self.truncations[window]
@@ -442,7 +442,7 @@ class Learner:
 
     @partial(jax.jit, static_argnums=0, donate_argnums=(1, 2))
     def update(self, params, opt_state, target_params, replay, distill_weight: float, learning_rate: float):
-        """A gradient step, one XLA program, self a constant in it: params and opt_state, both donated, and metrics."""
+        """A gradient step, one XLA program, self a constant; returns params, opt_state (both donated), metrics."""
         args, key = self.args, jax.random.fold_in(self.key, opt_state.count)
         batch = replay.sample(args.batch_size, args.n_step, args.gamma, key)
         next_q_values = self.network.apply(target_params, batch.next_obs)
@@ -483,7 +483,7 @@ class Progress:
     baseline_return: float = 0.0  # mean of random play's, if that is the baseline
     distilling: bool = False  # False is for good: the teacher is asked no more, and its stored Q-values go stale
     recent_returns: list[float] = field(default_factory=list)  # of the last 10 whole online games
-    evaluated: int = 0  # step of this phase's last evaluation, not repeated; -1: none yet; 0 online: none due at first
+    evaluated: int = 0  # step of this phase's last evaluation, not to be repeated; -1: none yet; online begins at 0
     scores: list[float] = field(default_factory=list)  # of its games
 
 
@@ -513,7 +513,7 @@ class Run:
         start, path = time.monotonic(), self.directory / "checkpoint.npz"
         self.writer.flush()
         data = np.frombuffer(serialization.msgpack_serialize(state | {"replay": replay.state_dict()}), np.uint8)
-        write(partial(np.savez, state=data), path, before=path.with_suffix(".previous.npz"))
+        write(partial(np.savez, state=data), path, before=path.with_suffix(".previous.npz"))  # a CRC tells damage
         self.next_save = time.monotonic() + max(600, 100 * (time.monotonic() - start))  # at most 1% of the time for it
 
 
@@ -551,7 +551,7 @@ def train(args: Args, stop: Sequence[int] = ()) -> Path:
         if progress.teacher_return <= progress.baseline_return:
             raise UserError(f"--teacher {args.teacher}: {means}: take another, or --return-baseline random")
     run = Run(args, facts, (progress.offset + progress.step + 1) if saved and progress.phase > 1 else 0)
-    if teacher and (progress.phase == 1 or not saved):
+    if teacher and (progress.phase == 1 or not saved):  # in phase 1 a resumed run logs all anew
         run.log(0, {"charts/teacher/avg_episodic_return": progress.teacher_return})
 
     def steps(name: str, total: int, stride: int, tag: str = "", every: int = 0) -> Iterator[tqdm]:
@@ -586,7 +586,7 @@ def train(args: Args, stop: Sequence[int] = ()) -> Path:
 
     # Phase 1: the teacher fills its buffer, unless a file has it.
     teacher_envs = 8 * args.num_envs  # the more the faster, since its policy never ages; the 8 is in validate as well
-    key_of_teacher, key_of_student = jax.random.split(jax.random.PRNGKey(args.seed + 1))  # args.seed is the Learner's
+    key_of_teacher, key_of_student = jax.random.split(jax.random.PRNGKey(args.seed + 1))  # seed is Learner.key's
     names = ["env_id", "repeat_action_probability", "num_envs", "teacher_steps", "start_e", "end_e", "temperature"]
     made_with = {name: getattr(args, name) for name in names} | {"teacher": facts.get("teacher_sha256")}
     if progress.phase < 3:
@@ -637,7 +637,7 @@ def train(args: Args, stop: Sequence[int] = ()) -> Path:
         measured = progress.recent_returns, progress.teacher_return, progress.baseline_return
         progress.distilling &= args.distill_steps is None or begin < args.distill_steps  # once False, for good
         lambda_ = distill_coefficient(*measured) if progress.distilling else 0.0
-        progress.distilling &= lambda_ > 0 or not args.distill_latch  # lambda is 0 in this step as well
+        progress.distilling &= lambda_ > 0 or not args.distill_latch  # latched; lambda_ is 0 in this step already
         learning_rate = final + (args.learning_rate - final) * lambda_
         obs = jax.device_put(games.obs)
         actions, _ = act(learner.network, learner.params, key_of_student, begin, obs, epsilon)
@@ -686,7 +686,7 @@ def network_of(weights: list, num_actions: int) -> tuple[nn.Module, dict]:
 def from_torch(state: dict[str, torch.Tensor]) -> list[np.ndarray]:
     """A PyTorch network's weights in Flax's order. PyTorch puts channels first, also before flattening an image."""
     arrays, weights, channels = [tensor.float().numpy() for tensor in state.values()], [], STACK
-    for kernel, bias in zip(arrays[::2], arrays[1::2], strict=True):  # layer by layer in both
+    for kernel, bias in zip(arrays[::2], arrays[1::2], strict=True):  # layer by layer in both, Flax's sorted by name
         pixels = kernel.reshape(len(kernel), channels, -1)  # (outputs, channels, pixels); a vector has one pixel
         weights += [bias, pixels.transpose(2, 1, 0).reshape(*kernel.shape[2:], -1, len(kernel))]
         channels = len(kernel)
@@ -733,7 +733,7 @@ def find_teacher(args: Args) -> tuple[Path, str]:
             return Path(hf_hub_download(repo, file)), f"from the hub, {repo}"
         except Exception as error:
             if isinstance(error, errors.HfHubHTTPError) and error.response.status_code < 429:
-                raise  # its answer, to a wrong name perhaps; but too many requests and its own errors are out of reach
+                raise  # a real answer, such as 404 to a wrong name; 429 and 5xx count as out of reach
             with suppress(errors.LocalEntryNotFoundError):
                 return Path(hf_hub_download(repo, file, local_files_only=True)), f"from the cache of the hub, {repo}"
     bundled = Path(__file__).parent / "teachers" / f"{env_id}.cleanrl_model"
@@ -790,7 +790,7 @@ def film(args: Args, seed: int, actions: list[int], path: Path) -> None:
 
 
 def upload(args: Args, run_dir: Path | None = None, score: str = "") -> None:
-    """Make the hub's repository for the model, which only works if one may; in the end, publish the run there."""
+    """Before the first step make the hub's repository, to see that one may; at the end publish the run there."""
     name, task = f"{args.env_id}-{args.exp_name}-seed{args.seed}".replace("/", "-"), "reinforcement-learning"
     with user_error("--upload-model: no way to write there; `hf auth login` first, or another --hf-entity"):
         repo = HfApi().create_repo(f"{args.hf_entity}/{name}".removeprefix("/"), exist_ok=True).repo_id
@@ -814,7 +814,7 @@ def validate(args: Args, before: dict) -> None:
     changed = [flag for flag in before if flag not in mutable.split() and getattr(args, flag) != before[flag]]
     rules = [
         ("env_id", args.env_id in games, "no game of ale-py's, such as PongNoFrameskip-v4 or ALE/Pong-v5"),
-        *((flag, 0 <= number < 2**53, "must lie between 0 and 2^53") for flag, number in numbers.items()),
+        *((flag, 0 <= number < 2**31, "must lie between 0 and 2^31") for flag, number in numbers.items()),
         *((flag, numbers[flag] > 0, "must be above 0") for flag in positive.split()),
         *((flag, numbers.get(flag, 0) <= 1, "must lie between 0 and 1") for flag in shares.split()),
         ("buffer_size", args.buffer_size >= least, f"too few: {least} or more"),

@@ -164,9 +164,9 @@ def curves(rows: pd.DataFrame, labels: dict[str, str], path: Path) -> None:
         by_step.xaxis.set_major_formatter(lambda x, _: f"{x / 1e6:g}M" if abs(x) >= 1e6 else f"{x / 1e3:g}k")
     panels[-1][0].set_xlabel("online steps")
     panels[-1][1].set_xlabel("minutes since the program began")
-    handles, names = panels[0][0].get_legend_handles_labels()
-    figure.legend(handles, names, frameon=False, loc="lower center", ncols=3, fontsize=9)
-    figure.tight_layout(rect=(0, 0.22 * -(-len(names) // 3) / figure.get_figheight(), 1, 1))
+    legend = {name: handle for row in panels for handle, name in zip(*row[0].get_legend_handles_labels())}
+    figure.legend(legend.values(), legend.keys(), frameon=False, loc="lower center", ncols=3, fontsize=9)
+    figure.tight_layout(rect=(0, 0.22 * -(-len(legend) // 3) / figure.get_figheight(), 1, 1))
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
