@@ -68,5 +68,5 @@ MUTANTS = {
     "quantiles added up": ("(0, (-1, num_actions)).mean(0)", "(0, (-1, num_actions)).sum(0)"),
     "another game's agent taken": ("its_actions != num_actions or", ""),
     "the learning rate does not follow": ("first if final is None else", "first if final else"),
-    "a bundled teacher for a wrong name": ("raise  # its answer", "pass  # its answer"),
+    "a bundled teacher for a wrong name": ("raise  # a real answer", "pass  # a real answer"),
 }
