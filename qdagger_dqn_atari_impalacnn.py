@@ -8,7 +8,7 @@ Reincarnating Reinforcement Learning (Agarwal et al., 2022, arXiv 2206.01626). A
 
 1. Teacher buffer: the teacher plays, ever less at random; its transitions are stored with its Q-values.
 2. Offline: the student learns from that buffer alone, with λ = 1.
-3. Online: the student plays and learns from its own steps; λ, 1 until ten games ended, falls as it nears the teacher.
+3. Online: the student learns from its own play; λ, 1 until ten games ended, falls as its return nears the teacher's.
 
 The loss is the same in phases 2 and 3; its terms are means over a batch, and a reward r is 1, 0 or -1:
 

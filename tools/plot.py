@@ -7,7 +7,7 @@
 
 Written are results.csv (run, tag, step, value, and seconds since the run began), curves.png, scores.csv, and, where a
 kind has several seeds, aggregates.csv and aggregates.png. A run is called KIND-GAME-SEED. Beside the CSV, labels.json
-names kinds that are not in LABELS; teachers.csv has returns of a teacher's games, for each GAME, and counts before the
+takes the place of LABELS; teachers.csv has returns of a teacher's games, for each GAME, and counts before the
 few by which each run measured it.
 
 Curves are evaluations, or, of a run that has none online, means of ten training games in turn, of fewer if there are
