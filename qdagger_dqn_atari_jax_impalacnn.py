@@ -8,7 +8,7 @@ Reincarnating Reinforcement Learning (Agarwal et al., 2022, arXiv 2206.01626). A
 
 1. Teacher buffer: the teacher plays, ever less at random; its transitions are stored with its Q-values.
 2. Offline: the student learns from that buffer alone, with λ = 1.
-3. Online: the student learns from its own play; λ, 1 until ten games ended, falls as its return nears the teacher's.
+3. Online: the student learns from its own play; λ falls as its return nears the teacher's.
 
 The loss is the same in phases 2 and 3; its terms are means over a batch, and a reward r is 1, 0 or -1:
 
@@ -17,6 +17,9 @@ The loss is the same in phases 2 and 3; its terms are means over a batch, and a 
     distill_loss = KL(π_teacher(·|s) ‖ π(·|s))    with π = softmax(Q / temperature)
     loss         = td_loss + distill_coef · λ · distill_loss
     λ            = 1[t < distill_steps] · clip(1 − G_student / G_teacher, 0, 1)    t: online step, G: mean raw scores
+
+G_student is the mean of the last ten whole games: at first those of the evaluation that ends phase 2, which the games
+of phase 3 push out one by one. While there are fewer than ten, λ is 1.
 
 Random numbers follow from the seed and the number of the step. The sibling in PyTorch: qdagger_dqn_atari_impalacnn.py.
 """
@@ -180,6 +183,15 @@ def distill_coefficient(returns, teacher_return, baseline_return=0.0) -> float:
 def linear_schedule(start: float, end: float, duration: float, step: int) -> float:
     """From `start` at step 0 to `end` at step `duration`, and `end` from there on."""
     return end if step >= duration else start + (end - start) * step / duration
+
+
+PURPOSES = ("teacher buffer", "online", "evaluation", "baseline")  # of random numbers; each has its own
+
+
+def seeds_for(purpose: str, seed: int, count: int, step: int = 0) -> np.ndarray:
+    """`count` seeds below 2^31, int64 (count,), unlike those of any other purpose, run or step of a resumed phase."""
+    entropy = np.random.SeedSequence([seed, PURPOSES.index(purpose), step])
+    return entropy.generate_state(count).astype(np.int64) % 2**31
 
 
 def due(begin: int, end: int, every: int) -> bool:
@@ -349,16 +361,16 @@ class FrameReplay:
 
 
 class AtariGames:
-    """Atari as the reference wrappers show it (stable_baselines3's AtariWrapper), game i with seed + i.
+    """Atari as the reference wrappers show it (stable_baselines3's AtariWrapper), one for each of `seeds`.
 
     An image is grey, 84 x 84; an episode's first one fills its whole stack. A lost life ends an episode, not the game,
     and forces a NOOP; where there is FIRE, FIRE and action 2 follow it, and open every game as well.
     Such a step is not the agent's: `actions` says what was really done, and it is an episode of its own, truncated.
-    Games play on between `step_async` and `step_wait`, in ALE's threads. All follows from seed and actions.
+    Games play on between `step_async` and `step_wait`, in ALE's threads. All follows from seeds and actions.
     """
 
-    def __init__(self, args: Args, num_envs: int, seed: int):
-        spec, screen = gym.spec(args.env_id).kwargs, ale_py.ALEInterface()
+    def __init__(self, args: Args, seeds: np.ndarray):
+        num_envs, spec, screen = len(seeds), gym.spec(args.env_id).kwargs, ale_py.ALEInterface()
         screen.loadROM(ale_py.roms.get_rom_path(spec["game"]))
         options = dict(zip(("img_height", "img_width"), screen.getScreenDims()), grayscale=False, stack_num=1)
         options |= dict(reward_clipping=False, use_fire_reset=False, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
@@ -367,7 +379,7 @@ class AtariGames:
         self.num_actions = int(self.emulators.single_action_space.n)
         self.launch = np.array([0, 1, 2] if self.emulators.ale.get_action_set()[1] == ale_py.Action.FIRE else [0])
         self.launching = np.full(num_envs, len(self.launch) - 1)  # how many actions of `launch` are still to come
-        self.images, info = self.emulators.reset(seed=np.arange(seed, seed + num_envs) % 2**31)  # colour, full size
+        self.images, info = self.emulators.reset(seed=seeds)  # colour, full size
         self.lives, self.began, self.returns = info["lives"], np.zeros(num_envs, dtype=int), np.zeros(num_envs)
         self.obs = self.grey()[:, None].repeat(STACK, axis=1)  # what to act on, uint8 (num_envs, 4, 84, 84)
 
@@ -399,16 +411,21 @@ class AtariGames:
         return np.sign(rewards, dtype=np.float32), over | life_lost, truncated | self.forced, finished
 
 
-def evaluate(policy: Callable, args: Args, episodes: int, video=None, stop=(), epsilon=None) -> list[float]:
+def evaluate(
+    policy: Callable, args: Args, episodes: int, video=None, stop=(), epsilon=None, purpose="evaluation"
+) -> list[float]:
     """Raw returns of `episodes` whole games by `policy`, `act` of some network, at epsilon, by default end_e.
 
     Games and random numbers are its own. How many each of up to ten environments plays is fixed beforehand, so that
-    short games are not preferred. --capture-video films the first to `video`; a signal in `stop` interrupts it.
+    short games are not preferred; and returns come in the order of the environments, first the first game of each, so
+    that the first ten are not the shortest. --capture-video films the first to `video`; a signal in `stop` interrupts.
     """
-    num_envs, seed = min(episodes, 10), args.seed + 20_000
-    games, key = AtariGames(args, num_envs, seed), jax.random.PRNGKey(seed)
+    num_envs = min(episodes, 10)
+    seeds = seeds_for(purpose, args.seed, num_envs)
+    games, key = AtariGames(args, seeds), jax.random.PRNGKey(seeds[0])
     left = [len(range(env, episodes, num_envs)) for env in range(num_envs)]
-    returns, actions_of_first, epsilon = [], [], args.end_e if epsilon is None else epsilon
+    returns: list[list[float]] = [[] for _ in left]
+    actions_of_first, epsilon = [], args.end_e if epsilon is None else epsilon
     with tqdm(total=episodes, desc="evaluation", unit="game", leave=False) as bar:
         while any(left):
             if stop:
@@ -419,11 +436,12 @@ def evaluate(policy: Callable, args: Args, episodes: int, video=None, stop=(), e
             for env, game_return, _ in games.step_wait()[-1]:
                 if left[env] > 0:
                     left[env] -= 1
-                    returns.append(game_return)
+                    returns[env].append(game_return)
                     bar.update()
     if video and args.capture_video:
-        film(args, seed, actions_of_first, video)
-    return returns
+        film(args, seeds[:1], actions_of_first, video)
+    rounds = range(len(returns[0]))  # the first environment plays as many games as any
+    return [of_env[nth] for nth in rounds for of_env in returns if nth < len(of_env)]
 
 
 # --- Training ---
@@ -450,7 +468,8 @@ class Learner:
         def loss_of(params: dict):
             q_values = self.network.apply(params, batch.obs)
             loss, td, kl = qdagger_loss(q_values, next_q_values, batch, distill_weight, args.temperature, args.huber)
-            return loss, {"loss": loss, "td_loss": td, "distill_loss": kl, "q_values": q_values.mean()}
+            q_taken = jnp.take_along_axis(q_values, batch.actions[:, None], axis=1)
+            return loss, {"loss": loss, "td_loss": td, "distill_loss": kl, "q_values": q_taken.mean()}
 
         gradient, metrics = jax.grad(loss_of, has_aux=True)(params)
         direction, opt_state = self.adam.update(gradient, opt_state)
@@ -482,7 +501,7 @@ class Progress:
     teacher_return: float = 0.0  # mean of its games
     baseline_return: float = 0.0  # mean of random play's, if that is the baseline
     distilling: bool = False  # False is for good: the teacher is asked no more, and its stored Q-values go stale
-    recent_returns: list[float] = field(default_factory=list)  # of the last 10 whole online games
+    recent_returns: list[float] = field(default_factory=list)  # of the student's last 10 whole games, for lambda
     evaluated: int = 0  # step of this phase's last evaluation, not to be repeated; -1: none yet; online begins at 0
     scores: list[float] = field(default_factory=list)  # of its games
 
@@ -523,12 +542,14 @@ def train(args: Args, stop: Sequence[int] = ()) -> Path:
     validate(args, saved.get("args", {}))
     if args.upload_model:
         upload(args)
-    device, num_actions = jax.devices()[0], AtariGames(args, 1, args.seed).num_actions
+    device, num_actions = jax.devices()[0], AtariGames(args, seeds_for("online", args.seed, 1)).num_actions
     if args.cuda and device.platform == "cpu":
         print('--cuda: no GPU found (pip install "jax[cuda12]"), running on the CPU, where ten million steps take days')
     learner, progress, teacher = Learner(args, num_actions), Progress(), None  # teacher: (network, weights)
     FrameReplay.create(args.buffer_size, args.num_envs, num_actions)  # if there is no room, that is better known now
     facts = {"device": device.device_kind, "jax": jax.__version__}
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    facts["threads"] = str(cores)  # XLA's; sums, and so weights, depend on it
 
     # Phase 0: the teacher is found and measured. A run that is resumed has that behind it, and a replay.
     if saved:
@@ -546,7 +567,8 @@ def train(args: Args, stop: Sequence[int] = ()) -> Path:
         play_games = partial(evaluate, partial(act, *teacher), args, args.teacher_eval_episodes, stop=stop)
         progress = Progress(phase=1 if args.offline_steps > 0 else 3, distilling=True)
         progress.teacher_return = float(np.mean(play_games()))
-        progress.baseline_return = float(np.mean(play_games(epsilon=1.0))) if args.return_baseline == "random" else 0.0
+        if args.return_baseline == "random":
+            progress.baseline_return = float(np.mean(play_games(epsilon=1.0, purpose="baseline")))
         print(means := f"teacher: mean return {progress.teacher_return:.2f}, baseline {progress.baseline_return:.2f}")
         if progress.teacher_return <= progress.baseline_return:
             raise UserError(f"--teacher {args.teacher}: {means}: take another, or --return-baseline random")
@@ -586,7 +608,9 @@ def train(args: Args, stop: Sequence[int] = ()) -> Path:
 
     # Phase 1: the teacher fills its buffer, unless a file has it.
     teacher_envs = 8 * args.num_envs  # the more the faster, since its policy never ages; the 8 is in validate as well
-    key_of_teacher, key_of_student = jax.random.split(jax.random.PRNGKey(args.seed + 1))  # seed is Learner.key's
+    key_of_teacher, key_of_student = (
+        jax.random.PRNGKey(seeds_for(purpose, args.seed, 1)[0]) for purpose in ("teacher buffer", "online")
+    )
     names = ["env_id", "repeat_action_probability", "num_envs", "teacher_steps", "start_e", "end_e", "temperature"]
     made_with = {name: getattr(args, name) for name in names} | {"teacher": facts.get("teacher_sha256")}
     if progress.phase < 3:
@@ -595,7 +619,7 @@ def train(args: Args, stop: Sequence[int] = ()) -> Path:
         replay = load_teacher_buffer(Path(args.teacher_buffer), made_with, replay)
         progress.phase, progress.step, progress.evaluated = 2, 0, -1
     if progress.phase == 1:
-        games = AtariGames(args, teacher_envs, args.seed + 10_000 + progress.step)
+        games = AtariGames(args, seeds_for("teacher buffer", args.seed, teacher_envs, progress.step))
         for bar in steps("teacher buffer", args.teacher_steps, teacher_envs):
             epsilon = linear_schedule(args.start_e, args.end_e, args.teacher_steps, progress.step)
             obs = jax.device_put(games.obs)
@@ -623,6 +647,7 @@ def train(args: Args, stop: Sequence[int] = ()) -> Path:
                 bar.postfix = f"return={np.mean(progress.scores):.1f}, λ=1.00"
         learner.update_target(tau=1.0)
         progress.phase, progress.step, progress.evaluated, progress.offset = 3, 0, 0, args.offline_steps
+        progress.recent_returns = progress.scores[:10]  # of the evaluation just now: lambda is informed from the start
         replay = content = obs = actions = q_values = None  # room for the student's own, in one piece
 
     # Phase 3: the student plays on by itself, and the teacher fades.
@@ -630,7 +655,7 @@ def train(args: Args, stop: Sequence[int] = ()) -> Path:
     replay = FrameReplay.create(args.buffer_size, args.num_envs, num_actions, saved.pop("replay", None))
     learning_starts = max(args.learning_starts, (args.n_step + STACK) * args.num_envs)
     final = args.learning_rate if args.final_learning_rate is None or not teacher else args.final_learning_rate
-    games = AtariGames(args, args.num_envs, args.seed + progress.step)
+    games = AtariGames(args, seeds_for("online", args.seed, args.num_envs, progress.step))
     for bar in steps("online", args.total_timesteps, args.num_envs, "eval/episodic_return", args.eval_frequency):
         start, begin, end = time.perf_counter(), progress.step, progress.step + args.num_envs
         epsilon = linear_schedule(args.start_e, args.end_e, exploration_steps, progress.offset + begin)
@@ -775,11 +800,11 @@ def load_checkpoint(run_dir: Path) -> dict:
     raise UserError(f"--resume {run_dir}: no checkpoint of this version in it")
 
 
-def film(args: Args, seed: int, actions: list[int], path: Path) -> None:
-    """Play the first game of this seed and these actions again, and write what is seen, in colour (extra `video`)."""
+def film(args: Args, seeds: np.ndarray, actions: list[int], path: Path) -> None:
+    """Play the game of this one seed and these actions again, and write what is seen, in colour (extra `video`)."""
     from moviepy.video.io.ffmpeg_writer import FFMPEG_VideoWriter
 
-    games = AtariGames(args, 1, seed)
+    games = AtariGames(args, seeds)
     path.parent.mkdir(parents=True, exist_ok=True)
     with user_error("--capture-video"), FFMPEG_VideoWriter(str(path), games.images.shape[-2:-4:-1], fps=15) as video:
         for action in actions:
@@ -834,7 +859,7 @@ def play(args: Args, stop: Sequence[int]) -> None:
     """--evaluate: print the score of every game of a saved model, and their mean and standard deviation."""
     validate(args, {})
     path = Path(args.evaluate)
-    network = load_network(path, AtariGames(args, 1, args.seed).num_actions, "--evaluate")
+    network = load_network(path, AtariGames(args, seeds_for("online", args.seed, 1)).num_actions, "--evaluate")
     returns = evaluate(partial(act, *network), args, args.eval_episodes, path.parent / "videos/evaluation.mp4", stop)
     print(*(f"game {game}: {game_return:g}" for game, game_return in enumerate(returns, 1)), sep="\n")
     print(f"{np.mean(returns):.2f} ± {np.std(returns):.2f} over {len(returns)} games of {args.env_id}")

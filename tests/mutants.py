@@ -15,6 +15,7 @@ MUTANTS = {
     "lambda not clipped": ("baseline_return), 0, 1))", "baseline_return), -9e9, 9e9))"),
     "lambda of a single game": ("if len(returns) < 10:", "if len(returns) < 1:"),
     "lambda cut off a step late": ("begin < args.distill_steps", "begin <= args.distill_steps"),
+    "lambda is not informed by the offline phase": ("progress.scores[:10]", "[]"),
     "the baseline forgotten": ("(np.mean(returns) - baseline_return)", "np.mean(returns)"),
     "lambda comes back after the latch": ("> 0 or not args.distill_latch", "> 0 or True"),
     "epsilon of the online step": ("exploration_steps, progress.offset + begin)", "exploration_steps, begin)"),
@@ -43,7 +44,13 @@ MUTANTS = {
     "a stack begins with the last episode": ("first = (ended | life_lost |", "first = (ended |"),
     "short games preferred": ("if left[env] > 0:", "if any(left):"),
     "evaluation explores": ("args.end_e if epsilon is None", "args.start_e if epsilon is None"),
-    "evaluation of other games each time": ("manual_seed(args.seed)\n", "manual_seed(time.time_ns())\n"),
+    "evaluation of other games each time": ("manual_seed(int(seeds[0]))\n", "manual_seed(time.time_ns())\n"),
+    "the shortest games first": (
+        "for nth in rounds for of_env in returns if nth",
+        "for of_env in returns for nth in rounds if nth",
+    ),
+    "seeds that share games": ("[seed, PURPOSES.index(purpose), step]", "[PURPOSES.index(purpose), step]"),
+    "evaluation in the games of training": ('purpose="evaluation"', 'purpose="online"'),
     # training
     "learning_starts in another unit": ("if step > learning_starts", "if progress.offset + step > learning_starts"),
     "one gradient step per vector step": ("step % args.train_frequency == 0:", "begin % args.train_frequency == 0:"),
@@ -56,6 +63,11 @@ MUTANTS = {
     "the weight forgets distill_coef": ("fill_(self.args.distill_coef * lambda_)", "fill_(lambda_)"),
     "SPS counts offline steps": ("end / progress.seconds", "(progress.offset + end) / progress.seconds"),
     "a loss that is not finite goes on": ('if not math.isfinite(values.get("loss", 0.0)):', "if False:"),
+    "a buffer that is made changes the student": (
+        "generator_of_teacher), generator_of_teacher)",
+        "learner.generator), learner.generator)",
+    ),
+    "Q-values of all actions logged": ('"q_values": q_taken.mean()', '"q_values": q_values.mean()'),
     # checkpoints
     "the optimizer not restored": ('| {"state": saved["optimizer"]}', ""),
     "the generator not restored": ('            learner.generator.set_state(saved["generator"])\n', ""),

@@ -61,7 +61,8 @@ def test_two_gradient_steps_and_target_updates_by_hand():
         adam.step()
         student = weights(made.q_network)
         torch.testing.assert_close(student, weights(network), rtol=0, atol=1e-5)
-        metrics = dict(zip(("loss", "td_loss", "distill_loss", "q_values"), (*losses, q_values.mean())))
+        q_taken = q_values[torch.arange(4), batch.actions].mean()
+        metrics = dict(zip(("loss", "td_loss", "distill_loss", "q_values"), (*losses, q_taken)))
         assert made.read_metrics() == pytest.approx({name: x.item() for name, x in metrics.items()}, rel=1e-4)
     assert (student - start).abs().max() > 1e-3, "nothing is learned"
     assert all(torch.equal(value, stored[name]) for name, value in vars(replay).items() if torch.is_tensor(value))

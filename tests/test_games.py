@@ -14,7 +14,7 @@ from stable_baselines3.common.atari_wrappers import AtariWrapper
 from test_replay import Doubled
 
 import qdagger_dqn_atari_impalacnn as qdagger
-from qdagger_dqn_atari_impalacnn import STACK, Args, AtariGames, AtariVectorEnv, evaluate
+from qdagger_dqn_atari_impalacnn import PURPOSES, STACK, Args, AtariGames, AtariVectorEnv, evaluate, seeds_for
 
 KIND = "NoFrameskip-v4"
 GAMES = sorted(env_id.removesuffix(KIND) for env_id in gym.registry if env_id.endswith(KIND))
@@ -28,7 +28,8 @@ def emulators_with(monkeypatch, **options) -> None:
 
 
 def new_games(game: str, num_envs: int, seed: int, **options) -> AtariGames:
-    return AtariGames(Args(env_id=game + KIND, **options), num_envs, seed)
+    seeds = np.arange(seed, seed + num_envs) % 2**31
+    return AtariGames(Args(env_id=game + KIND, **options), seeds)
 
 
 def play(games: AtariGames, actions: np.ndarray):
@@ -90,7 +91,7 @@ def test_every_game_is_bit_identical_to_the_reference_wrappers(game, monkeypatch
 
 def test_a_game_whose_first_action_fires_is_not_launched():
     """Backgammon has FIRE, but no NOOP, and its second action is another."""
-    assert not AtariGames(Args(env_id="ALE/Backgammon-v5"), 1, 1).launching.any()
+    assert not AtariGames(Args(env_id="ALE/Backgammon-v5"), np.array([1])).launching.any()
 
 
 def test_a_game_begins_with_0_to_29_frames_of_waiting(monkeypatch):
@@ -134,7 +135,7 @@ def test_actions_stick_when_asked_or_when_the_name_says_so():
     """With probability 0.25 in ALE/GAME-v5, in its namesake never; with probability 1 none is ever taken."""
 
     def last_images(env_id: str, actions: np.ndarray, sticky: float | None) -> bytes:
-        games = AtariGames(Args(env_id=env_id, repeat_action_probability=sticky), 1, 4)
+        games = AtariGames(Args(env_id=env_id, repeat_action_probability=sticky), np.array([4]))
         return [images for *_, images, _ in play(games, actions)][-1].tobytes()
 
     actions = np.random.default_rng(0).integers(6, size=(100, 1))
@@ -181,14 +182,29 @@ def fond_of_left(obs: torch.Tensor) -> torch.Tensor:
 
 
 def test_an_evaluation_plays_as_many_games_of_each_environment_as_was_said_before(monkeypatch):
-    """Twelve games of ten environments, of which i ends one every i + 1 steps: two of the first and second each."""
+    """Twelve games of ten environments, of which i ends one every i + 1 steps: two of the first and second each. They
+    come in the order of the environments, so that those that were over first are not the first ten."""
     ends = [[(env, 100.0 * env + step, 4) for env in range(10) if step % (env + 1) == 0] for step in range(1, 11)]
     outcomes = {"step_wait.side_effect": [(None, finished) for finished in ends]}
     games, args = MagicMock(obs=np.zeros((10, 4, 84, 84), np.uint8), **outcomes), Args(seed=1)
     monkeypatch.setattr(qdagger, "AtariGames", MagicMock(return_value=games))
     scores = evaluate(fond_of_left, args, 12, "cpu")
-    assert sorted(scores) == [1, 2, 102, 104, 203, 304, 405, 506, 607, 708, 809, 910]
-    qdagger.AtariGames.assert_called_once_with(args, 10, 20_001)
+    assert scores == [1, 102, 203, 304, 405, 506, 607, 708, 809, 910, 2, 104]
+    (called_with, seeds), _ = qdagger.AtariGames.call_args
+    assert called_with is args and seeds.tolist() == seeds_for("evaluation", 1, 10).tolist()
+
+
+def test_no_two_runs_or_purposes_have_a_game_in_common():
+    """Nor has a phase that is resumed any of those before; seeds are what ALE takes, and the same each time."""
+    drawn = [
+        tuple(seeds_for(purpose, seed, 32, step).tolist())
+        for purpose in PURPOSES
+        for seed in (1, 2, 3, 2**31 - 1)
+        for step in (0, 4, 100_000)
+    ]
+    together = {one for seeds in drawn for one in seeds}
+    assert len(together) == 32 * len(drawn) and min(together) >= 0 and max(together) < 2**31
+    assert seeds_for("online", 1, 2).tolist() == seeds_for("online", 1, 32)[:2].tolist()
 
 
 def test_an_evaluation_is_always_the_same_and_its_first_game_is_filmed(monkeypatch, tmp_path):

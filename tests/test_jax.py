@@ -27,11 +27,11 @@ from flax import serialization  # noqa: E402
 from flax.traverse_util import flatten_dict  # noqa: E402
 from test_resume import steps  # noqa: E402
 from test_teacher import AGENTS, OBS, TEACHERS, sb3  # noqa: E402
-from test_train import Clockwork  # noqa: E402
+from test_train import Clockwork, seeds_in_a_row  # noqa: E402
 
 import qdagger_dqn_atari_impalacnn as sibling  # noqa: E402
 import qdagger_dqn_atari_jax_impalacnn as qdagger  # noqa: E402
-from qdagger_dqn_atari_jax_impalacnn import NETWORKS, Args, Batch, FrameReplay, Learner, load_network  # noqa: E402
+from qdagger_dqn_atari_jax_impalacnn import NETWORKS, Args, Batch, FrameReplay, Learner, load_network, seeds_for  # noqa: E402
 
 # What was compiled once serves all runs, those in other processes too.
 CACHE = TemporaryDirectory()
@@ -39,7 +39,7 @@ os.environ |= {"JAX_COMPILATION_CACHE_DIR": CACHE.name, "JAX_PERSISTENT_CACHE_MI
 jax.config.update("jax_compilation_cache_dir", CACHE.name)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 SAME = "UserError user_error distill_coefficient linear_schedule due AtariGames Progress film find_teacher upload "
-SAME += "validate Learner.read_metrics Run.__init__ Run.log load_sb3"
+SAME += "validate seeds_for Learner.read_metrics Run.__init__ Run.log load_sb3"
 
 
 def definitions(program) -> dict[str, str]:
@@ -317,6 +317,7 @@ def go(monkeypatch, tmp_path, tmp_path_factory):
         if not run:
             monkeypatch.chdir(tmp_path_factory.mktemp("run"))
         monkeypatch.setattr(qdagger, "AtariGames", games)
+        monkeypatch.setattr(qdagger, "seeds_for", seeds_in_a_row if games is Clockwork else seeds_for)
         events.clear(), stop.clear(), plan.update(at=at, kill=kill)
         before = SMALL | {"teacher": str(tmp_path / "teacher")}
         before = qdagger.load_checkpoint(run)["args"] | {"resume": str(run)} if run else before
@@ -371,6 +372,28 @@ def test_three_phases_on_real_games_log_every_tag_along_its_own_axis(go):
     assert {tag: seen[tag] for tag in tags} == tags and seen.keys() - tags.keys() <= of_games
     loss, td, kl = ([value for _, value in logged[f"losses/{name}"]] for name in ("loss", "td_loss", "distill_loss"))
     assert loss == pytest.approx(np.add(td, 3 * np.array(kl)), rel=1e-4) and min(kl) > 0
+
+
+def test_lambda_is_informed_by_the_last_offline_evaluation(go):
+    """Its ten games are the first of the ten returns, also after a resume at the first online step."""
+    ten_games = dict(eval_episodes=10, eval_frequency=0)
+    run = go(**ten_games)
+    events = go.events.copy()
+    logged = points(run)
+    (_, teacher), *_ = logged["charts/teacher/avg_episodic_return"]
+    offline = qdagger.load_checkpoint(go(total_timesteps=0, **ten_games))["progress"]["scores"]
+    assert logged["charts/offline/avg_episodic_return"][-1] == (20, pytest.approx(np.mean(offline)))
+    played = [(step - 20, value) for step, value in logged["charts/episodic_return"]]
+    for step, value in logged["charts/distill_coeff"]:
+        last = [*offline, *(score for ended, score in played if ended <= step - 20 - 8)][-10:]
+        assert value == pytest.approx(np.clip(1 - np.mean(last) / teacher, 0, 1), abs=1e-6)
+    assert logged["charts/distill_coeff"][0][1] < 1
+    last_update_offline = [at for at, event in enumerate(events, 1) if event == "gradient_step"][19]
+    saved_after = last_update_offline + events[last_update_offline:].index("save") + 1
+    stopped = go(at=saved_after, **ten_games)
+    progress = qdagger.load_checkpoint(stopped)["progress"]
+    assert (progress["phase"], progress["step"]) == (2, 20)
+    assert points(go(stopped))["charts/distill_coeff"] == logged["charts/distill_coeff"]
 
 
 def test_without_a_teacher_it_is_plain_dqn(go):

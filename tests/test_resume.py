@@ -15,7 +15,7 @@ from unittest.mock import MagicMock
 import pytest
 import torch
 from conftest import PROGRAM, Malicious, interrupted, points, refusal, saved
-from test_train import SETTINGS, Clockwork, same, tiny
+from test_train import SETTINGS, Clockwork, same, seeds_in_a_row, tiny
 
 import qdagger_dqn_atari_impalacnn as qdagger
 from qdagger_dqn_atari_impalacnn import Args, FrameReplay, Learner, Run, load_checkpoint, train
@@ -52,6 +52,7 @@ def go(make_model, tmp_path_factory, monkeypatch):
     spy(Run, "save", lambda _, state, replay: (state["progress"]["phase"], state["progress"]["step"]))
     monkeypatch.setattr(Run, "log", lambda run, *args: (log(run, *args), run.writer.flush()))  # nothing logged is lost
     monkeypatch.setattr(qdagger, "AtariGames", Clockwork)
+    monkeypatch.setattr(qdagger, "seeds_for", seeds_in_a_row)
     monkeypatch.setitem(qdagger.NETWORKS, "nature", tiny)
     new = NEW | {"teacher": str(make_model(4, action=1))}
 
@@ -106,6 +107,20 @@ def test_a_run_stopped_at_any_moment_goes_on_as_if_nothing_had_happened(go, kill
             exact.add((stops[0]["progress"]["phase"], events[at - 1]))
             assert same(state(run), state(whole)) and points(run) == points(whole), at
     assert {phase for phase, _ in exact} == {1, 2, 3} and {what for _, what in exact} >= {"evaluation", "update"}
+
+
+@pytest.mark.parametrize("what", [(2, 20), "training"])
+def test_lambda_is_informed_after_a_resume_at_the_first_online_step(go, what):
+    """Stopped in the last checkpoint offline, or in the first row of games online, the ninth of all."""
+    ten_games = dict(eval_episodes=10, eval_frequency=0)
+    whole = go(**ten_games)
+    run = go(at=9 if what == "training" else 1, what=what, **ten_games)
+    progress = load_checkpoint(run)["progress"]
+    assert (progress["phase"], progress["step"]) == ((3, 8) if what == "training" else what)
+    assert len(progress["scores"]) == 10 and sum(progress["scores"]) > 0
+    go(run)
+    lambdas = points(run)["charts/distill_coeff"]
+    assert lambdas == points(whole)["charts/distill_coeff"] and lambdas[0][1] < 1
 
 
 SIGNALS = [signal.SIGINT, signal.SIGKILL, signal.SIGTERM, signal.SIGKILL, signal.SIGUSR1]

@@ -54,7 +54,7 @@ def sb3(path: Path, algorithm=DQN, policy="CnnPolicy", num_actions=4, shape=(84,
 @pytest.fixture(scope="module")
 def real_obs() -> torch.Tensor:
     """Observations of 8 games of Pong after half a second."""
-    games = qdagger.AtariGames(Args(env_id=PONG), 8, 1)
+    games = qdagger.AtariGames(Args(env_id=PONG), np.arange(1, 9))
     for action in range(30):
         games.step_async(np.full(8, action % 6))
         games.step_wait()
@@ -211,7 +211,7 @@ def test_the_bundled_teachers_are_those_of_their_cards_and_of_the_readme_and_can
         assert f"[{score}](teachers/{env_id}.md)" in readme.read_text()
         assert hashlib.sha256(path.read_bytes()).hexdigest() in card
         assert {value.dtype for value in torch.load(path).values()} == {torch.float16}
-        load_network(path, qdagger.AtariGames(Args(env_id=env_id), 1, 1).num_actions, "--teacher")
+        load_network(path, qdagger.AtariGames(Args(env_id=env_id), np.array([1])).num_actions, "--teacher")
 
 
 def test_a_damaged_buffer_is_refused_and_never_runs_code(tmp_path):

@@ -34,13 +34,13 @@ def tiny(num_actions: int) -> AtariNetwork:
 
 class Clockwork:
     """Games that cost nothing: stripes, by a clock that starts at the seed and counts the steps of all environments, so
-    that games of a later seed go on with those of an earlier one. Every fourth row is truncated: nothing is lost if a
-    run ends with it. In every seventh a game ends, or when and with what returns `script` says."""
+    that, with `seeds_in_a_row`, games of a resumed phase go on with those before. Every fourth row is truncated:
+    nothing is lost if a run ends with it. In every seventh a game ends, or when and with what returns `script` says."""
 
     num_actions, script = 4, None
 
-    def __init__(self, args: Args, num_envs: int, seed: int):
-        self.num_envs, self.seed, self.clock = num_envs, seed, seed
+    def __init__(self, args: Args, seeds: np.ndarray):
+        self.num_envs, self.seed, self.clock = len(seeds), int(seeds[0]), int(seeds[0])
 
     @property
     def obs(self) -> np.ndarray:
@@ -57,6 +57,11 @@ class Clockwork:
         returns = self.script.get((self.clock - self.seed) // self.num_envs, []) if self.script else by_rule
         games = [(row // 7 % self.num_envs, float(score), 28) for score in returns]
         return np.sign(self.actions - row % 4, dtype=np.float32), never, never | (row % 4 == 0), games
+
+
+def seeds_in_a_row(purpose: str, seed: int, count: int, step: int = 0) -> np.ndarray:
+    """In place of `seeds_for`: those of the teacher's buffer from 0, online from 10,000, evaluation from 20,000 on."""
+    return seed + step + np.arange(count) + 10_000 * qdagger.PURPOSES.index(purpose)
 
 
 def same(one, other) -> bool:
@@ -95,6 +100,8 @@ def run(make_model, tmp_path_factory):
             patch.setattr(FrameReplay, "add", add)
             patch.setattr(Learner, "gradient_step", gradient_step)
             patch.setattr(qdagger, "AtariGames", games)
+            if games is Clockwork:
+                patch.setattr(qdagger, "seeds_for", seeds_in_a_row)
             patch.setattr(qdagger, "evaluate", evaluate)
             patch.setattr(qdagger, "act", lambda *args: seen.epsilons.append(args[3]) or real_act(*args))
             seen.args = Args(**dict(teacher=str(make_model(actions, action=ACTION))) | SETTINGS | changes)
@@ -151,7 +158,7 @@ def test_what_is_stored_is_what_was_really_done(three_phases):
 
 def test_a_run_leaves_what_was_asked_for_and_nothing_else(three_phases):
     """Its settings as text, a film of each evaluation, its checkpoints, its model; no half-written files."""
-    settings = asdict(three_phases.args) | {"teacher_file": f"{three_phases.args.teacher}, as given"}
+    settings = asdict(three_phases.args) | {"teacher_file": f"{three_phases.args.teacher}, as given", "threads": 1}
     assert all(f"|{name}|{value}|" in three_phases.text for name, value in settings.items())
     files = {"checkpoint.previous.pt", "checkpoint.pt", f"{three_phases.args.exp_name}.cleanrl_model", "videos"}
     files |= {f"videos/{step}.mp4" for step in (0, 100, 1300, 1900)}
@@ -231,6 +238,7 @@ def test_the_file_of_the_buffer_is_for_students_of_the_same_teacher_alone(run, t
     runs = [run(teacher_buffer=str(path), seed=seed) for seed in (1, 2)]
     (first, played), (second, played_again) = [next(iter(seen.rows.items())) for seen in runs]
     first.truncations[-32:] = True  # so does the last row count once it is read
+    assert same(run(teacher_buffer=str(path), seed=1).weights, runs[0].weights), "the same run, made or read"
     assert (len(played), len(played_again)) == (15, 0) and same(first.state_dict(), second.state_dict())
     torch.save(tiny(4).state_dict(), other)
     monkeypatch.setattr(qdagger, "Run", MagicMock())
@@ -265,6 +273,35 @@ def test_lambda_is_the_formula_on_the_logged_returns(run, baseline, lowest):
     loss, td_loss, distill_loss = (seen.values[f"losses/{name}"] for name in ("loss", "td_loss", "distill_loss"))
     assert loss == pytest.approx(td_loss + 3 * np.array(expected) * distill_loss, rel=1e-5)
     assert not seen.steps.keys() & OFFLINE_TAGS and len(seen.rows) == 1 and distill_loss.min() > 0.005
+
+
+def informed_lambdas(seen: SimpleNamespace, offline: list[float], steps: list[int]) -> list[float]:
+    """By hand, after so many online steps: of the `offline` games and those logged the last ten; a teacher of 2."""
+    ended = np.array(seen.steps["charts/episodic_return"]) - seen.args.offline_steps
+    played = seen.values["charts/episodic_return"]
+    lambdas = []
+    for step in steps:
+        last = [*offline, *played[ended <= step]][-10:]
+        lambdas.append(min(max(1 - np.mean(last) / 2, 0), 1) if len(last) == 10 else 1)
+    return lambdas
+
+
+@pytest.mark.parametrize("episodes, first", [(10, 0.55), (4, 1.0), (13, 0.55)])
+def test_lambda_is_informed_by_the_last_offline_evaluation(run, episodes, first):
+    """Its games, at most ten, are the first of the ten returns, and those of training push them out one by one. Of
+    fewer the rest is waited for. The first evaluation, before the student has learned anything, counts for nothing."""
+    offline = [0.0, 0.2, 0.4, 0.6, 0.8, 1.0, 1.2, 1.4, 1.6, 1.8, 90.0, 90.0, 90.0][:episodes]
+    evaluations = [[2.0], [30.0] * episodes, offline, [0.0]]  # the teacher's, at 0, at the end of phase 2, of phase 3
+    script = {row: [row / 100] for row in range(30, 250, 9)}
+    changes = dict(total_timesteps=1000, exploration_fraction=0.01, eval_episodes=episodes)
+    seen = run(lambda *_, **__: evaluations.pop(0), script=script, **changes)
+    logged = [step - 20 - 4 for step in seen.steps["charts/distill_coeff"]]  # lambda is that of the step's beginning
+    expected = informed_lambdas(seen, offline[:10], logged)
+    assert seen.values["charts/distill_coeff"] == pytest.approx(expected, abs=1e-6)
+    assert expected[0] == pytest.approx(first) and len(set(expected)) > 4
+    if episodes == 10:  # as a reader of the curves would reckon it
+        mean = seen.values["charts/offline/avg_episodic_return"][-1]
+        assert expected[0] == pytest.approx(1 - mean / seen.values["charts/teacher/avg_episodic_return"][0])
 
 
 CASES = {"neither": ({}, [1, 0.25, 0, 0.5], 100, 4), "latched": (dict(distill_latch=True), [1, 0.25, 0, 0], 55, 2)}
