@@ -1,25 +1,32 @@
 """QDagger on Atari: a student Impala-CNN takes over from a DQN teacher and plays on by itself.
 
-    python qdagger_dqn_atari_impalacnn.py --env-id BreakoutNoFrameskip-v4               # teach, then play on
-    python qdagger_dqn_atari_impalacnn.py --teacher none --network nature --save-model  # train a teacher
-    python qdagger_dqn_atari_impalacnn.py --evaluate runs/RUN/MODEL.cleanrl_model       # play a saved model
+    # teach, then play on
+    python qdagger_dqn_atari_impalacnn.py --env-id BreakoutNoFrameskip-v4
+    # train a teacher
+    python qdagger_dqn_atari_impalacnn.py --teacher none --network nature --save-model
+    # play a saved model
+    python qdagger_dqn_atari_impalacnn.py --evaluate runs/RUN/MODEL.cleanrl_model
 
-Reincarnating Reinforcement Learning (Agarwal et al., 2022, arXiv 2206.01626). A step is four emulator frames.
+Reincarnating Reinforcement Learning (Agarwal et al., 2022, arXiv 2206.01626).
+A step is four emulator frames.
 
-1. Teacher buffer: the teacher plays, ever less at random; its transitions are stored with its Q-values.
+1. Teacher buffer: the teacher plays, ever less at random; its transitions are stored with its
+   Q-values.
 2. Offline: the student learns from that buffer alone, with λ = 1.
 3. Online: the student learns from its own play; λ falls as its return nears the teacher's.
 
-The loss is the same in phases 2 and 3; its terms are means over a batch, and a reward r is 1, 0 or -1:
+The loss is the same in phases 2 and 3; its terms are means over a batch, and a reward r is 1, 0
+or -1:
 
     y            = r₁ + γ r₂ + … + γⁿ⁻¹ rₙ + γⁿ (1 − terminated) max_a Q_target(sₙ, a)
     td_loss      = (Q(s, a) − y)²
     distill_loss = KL(π_teacher(·|s) ‖ π(·|s))    with π = softmax(Q / temperature)
     loss         = td_loss + distill_coef · λ · distill_loss
-    λ            = 1[t < distill_steps] · clip(1 − G_student / G_teacher, 0, 1)    t: online step, G: mean raw scores
+    λ            = 1[t < distill_steps] · clip(1 − G_student / G_teacher, 0, 1)
 
-G_student is the mean of the last ten whole games: at first those of the evaluation that ends phase 2, which the games
-of phase 3 push out one by one. While there are fewer than ten, λ is 1.
+t counts online steps, and G is a mean of raw scores of whole games. G_student is that of the last
+ten: at first those of the evaluation that ends phase 2, which the games of phase 3 push out one by
+one. While there are fewer than ten, λ is 1.
 """
 
 import copy
@@ -36,13 +43,14 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # waiting threads of torch's soon leave the cores to the games
+# Threads of torch's that wait soon leave the cores to the games. Read when torch is imported.
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import ale_py
 import cv2
@@ -53,16 +61,30 @@ import torch.nn as nn
 import torch.nn.functional as F
 import tyro
 from ale_py.vector_env import AtariVectorEnv
-from huggingface_hub import EvalResult, HfApi, ModelCardData, errors, get_hf_file_metadata, hf_hub_download, hf_hub_url
+from huggingface_hub import (
+    EvalResult,
+    HfApi,
+    ModelCardData,
+    errors,
+    get_hf_file_metadata,
+    hf_hub_download,
+    hf_hub_url,
+)
+from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)
-load = partial(torch.load, map_location="cpu", weights_only=True)  # tensors and plain values, never code
 
-# CPUs that are faster in bfloat16: Intel's with AMX, AMD's with the AVX-512 instructions for it.
-CPU = {} if torch.cuda.is_available() else getattr(torch.cpu, "get_capabilities", dict)()
-FAST_BFLOAT16 = CPU.get("amx_bf16", False) or (CPU.get("avx512_bf16", False) and "AMD" in CPU.get("cpu_name", ""))
+
+def bfloat16_is_faster() -> bool:
+    """Without a GPU, on a CPU of Intel's with AMX, or of AMD's with AVX-512 for bfloat16."""
+    if torch.cuda.is_available() or not hasattr(torch.cpu, "get_capabilities"):
+        return False
+    cpu = torch.cpu.get_capabilities()
+    if "AMD" in cpu.get("cpu_name", ""):
+        return cpu.get("avx512_bf16", False)
+    return cpu.get("amx_bf16", False)
 
 
 @dataclass
@@ -70,145 +92,220 @@ class Args:
     # run
     exp_name: str = Path(__file__).stem  # name of the experiment, part of the run's name
     seed: int = 1  # seeds networks, exploration, sampling and games
-    torch_deterministic: bool = True  # choose deterministic cuDNN kernels
+    torch_deterministic: bool = True  # let cuDNN choose deterministic kernels only
     cuda: bool = True  # train on the GPU if there is one
-    track: bool = False  # follow the run on Weights & Biases as well (extra `track`)
-    wandb_project_name: str = "cleanRL"  # its project there
-    wandb_entity: str | None = None  # its user or team there
+    track: bool = False  # log the run to Weights & Biases as well (extra `track`)
+    wandb_project_name: str = "cleanRL"  # project at Weights & Biases
+    wandb_entity: str | None = None  # user or team at Weights & Biases
     capture_video: bool = False  # film a game of each evaluation to runs/RUN/videos (extra `video`)
-    save_model: bool = False  # write the network to runs/RUN/ at each evaluation and checkpoint
-    upload_model: bool = False  # upload the saved model to the Hugging Face hub at the end
-    hf_entity: str = ""  # user or organisation there; empty: the one logged in
+    save_model: bool = False  # write the network to runs/RUN at each evaluation and checkpoint
+    upload_model: bool = False  # publish the run on the Hugging Face hub at the end
+    hf_entity: str = ""  # user or organisation on the hub; empty: whoever is logged in
 
     # environment
-    env_id: str = "BreakoutNoFrameskip-v4"  # one of ale-py's games, as GAMENoFrameskip-v4 or ALE/GAME-v5
-    num_envs: int = 4  # games side by side, the teacher's eight times as many; updates per step do not depend on it
-    repeat_action_probability: float | None = None  # sticky actions; unset: as env_id says, 0 or, for ALE/GAME-v5, 0.25
+    env_id: str = "BreakoutNoFrameskip-v4"  # a game of ale-py's, GAMENoFrameskip-v4 or ALE/GAME-v5
+    num_envs: int = 4  # games the student plays side by side; updates per step do not depend on it
+    repeat_action_probability: float | None = None  # sticky actions; unset: 0, in ALE/GAME-v5 0.25
 
     # DQN
-    network: Literal["impala", "nature"] = "impala"  # the network that learns
+    network: Literal["impala", "nature"] = "impala"  # architecture of the network that learns
     total_timesteps: int = 10_000_000  # environment steps of the online phase
-    learning_rate: float = 1e-4  # of Adam; with --final-learning-rate, the one at lambda = 1
-    final_learning_rate: float | None = None  # the one at lambda = 0, linear between; unset, or no teacher: constant
-    adam_eps: float = 1e-8  # of Adam
+    learning_rate: float = 1e-4  # Adam's step size; with --final-learning-rate, that at lambda = 1
+    final_learning_rate: float | None = None  # that at lambda = 0, linear between; unset: constant
+    adam_eps: float = 1e-8  # Adam's epsilon
     buffer_size: int = 1_000_000  # environment steps in the student's replay; 7.06 GB per million
     gamma: float = 0.99  # discount per step
     tau: float = 1.0  # share of the learning network in a target update; 1 copies it
-    target_network_frequency: int = 1000  # gradient steps (offline) or environment steps (online) per target update
+    target_network_frequency: int = 1000  # online steps, or offline updates, per target update
     batch_size: int = 32  # transitions per gradient step
     n_step: int = 3  # rewards summed before the target network's value
     huber: bool = False  # Huber instead of squared TD error
-    start_e: float = 1.0  # exploration at first, the teacher's during --teacher-steps as well
+    start_e: float = 1.0  # exploration at first, the student's and the teacher's
     end_e: float = 0.01  # exploration in the end, and in every evaluation
-    exploration_fraction: float = 0.10  # it falls over this share of total_timesteps, from the first offline step on
+    exploration_fraction: float = 0.10  # share of total_timesteps over which exploration falls
     learning_starts: int = 80_000  # online steps before the first online gradient step
     train_frequency: int = 4  # online steps per gradient step
 
     # QDagger
     teacher_steps: int = 500_000  # environment steps of the teacher's buffer
     offline_steps: int = 500_000  # gradient steps on the teacher's buffer; 0: no such buffer either
-    temperature: float = 0.1  # of both policies in the distillation loss
+    temperature: float = 0.1  # of both policies in the distillation loss, softmax(Q / temperature)
     distill_coef: float = 3.0  # weight of the distillation loss, times lambda
     distill_steps: int | None = None  # online steps after which lambda is 0; unset: never cut off
     distill_latch: bool = False  # once lambda was 0, keep it there
-    return_baseline: Literal["zero", "random"] = "zero"  # lambda compares returns above this baseline
-    teacher: str = "auto"  # auto (hub, else bundled), none (plain DQN from scratch), or a path: model or SB3 zip
-    teacher_policy_hf_repo: str | None = None  # for auto; unset: cleanrl/{env_id}-{teacher_model_exp_name}-seed1
-    teacher_model_exp_name: str = "dqn_atari"  # its file there, .cleanrl_model; an SB3 repository has its own zip
+    return_baseline: Literal["zero", "random"] = "zero"  # lambda compares returns above this
+    teacher: str = "auto"  # auto (hub, else bundled), none (DQN from scratch), or a model's PATH
+    teacher_policy_hf_repo: str | None = None  # unset: cleanrl/{env_id}-{its exp_name}-seed1
+    teacher_model_exp_name: str = "dqn_atari"  # the teacher's file on the hub, without its ending
     teacher_eval_episodes: int = 10  # games that measure the teacher
-    teacher_buffer: str | None = None  # read the teacher's buffer, any seed's, from this file, else write it there
+    teacher_buffer: str | None = None  # file to read the teacher's buffer from, or to write it to
 
     # speed
-    amp: bool = FAST_BFLOAT16  # all layers but the last in bfloat16; on by default on CPUs that it makes faster
+    amp: bool = bfloat16_is_faster()  # all layers but the last in bfloat16; on where it is faster
     capture: bool = True  # on a GPU, run acting and each gradient step as CUDA graphs
-    compile: bool = False  # let torch.compile fuse the networks; needs a C++ compiler, and minutes at the start
+    compile: bool = False  # let torch.compile fuse the networks; takes minutes, and a C++ compiler
 
     # checkpoints and evaluation
-    checkpoint_frequency: int | None = None  # steps between them; unset: 10 minutes; 0: only at evaluations and ends
-    resume: str | None = None  # go on with this run, runs/RUN, from its last checkpoint, with its flags
-    eval_frequency: int = 500_000  # online steps between evaluations, 0: at the end only; offline always 100,000
-    eval_episodes: int = 10  # games in each of them
-    evaluate: str | None = None  # only play this saved model for eval_episodes games and print the scores
+    checkpoint_frequency: int | None = None  # steps between; unset: 10 minutes; 0: at evaluations
+    resume: str | None = None  # go on with this run, runs/RUN, from its last checkpoint
+    eval_frequency: int = 500_000  # online steps between evaluations; 0: at the end only
+    eval_episodes: int = 10  # games per evaluation
+    evaluate: str | None = None  # only play this saved model for eval_episodes games, print scores
+
+
+# Flags that must be above 0, and those that are shares of 1.
+POSITIVE = {
+    "num_envs",
+    "buffer_size",
+    "batch_size",
+    "n_step",
+    "train_frequency",
+    "target_network_frequency",
+    "learning_rate",
+    "adam_eps",
+    "temperature",
+    "teacher_eval_episodes",
+    "eval_episodes",
+}
+SHARES = {"gamma", "tau", "start_e", "end_e", "exploration_fraction", "repeat_action_probability"}
+
+# Flags that may be changed when a run is resumed; all others would change its result.
+MAY_CHANGE = {
+    "resume",
+    "total_timesteps",
+    "checkpoint_frequency",
+    "eval_frequency",
+    "eval_episodes",
+    "evaluate",
+    "teacher_buffer",
+    "track",
+    "wandb_project_name",
+    "wandb_entity",
+    "capture_video",
+    "save_model",
+    "upload_model",
+    "hf_entity",
+    "capture",
+    "compile",
+}
 
 
 class UserError(Exception):
     """What the user can put right: `main` shows its one line and exits with code 2."""
 
 
+class Stopped(Exception):
+    """A signal has come. Arguments: its number, and what to tell the user."""
+
+
 @contextmanager
-def user_error(problem: str):
-    """Turn whatever goes wrong inside into a UserError that says `problem` and, in brackets, why."""
+def user_error(problem: str) -> Iterator[None]:
+    """Whatever goes wrong inside becomes a UserError: `problem` and, in brackets, why.
+
+    For what comes from outside alone, such as files: an error of the program's own stays one.
+    """
     try:
         yield
+    except UserError:
+        raise
     except Exception as error:
-        why = re.split(r"\n|\. ", str(error).strip() or type(error).__name__)[0][:200]  # its first sentence
-        raise error if isinstance(error, UserError) else UserError(f"{problem} ({why})") from None
+        message = str(error).strip() or type(error).__name__
+        first_sentence = re.split(r"\n|\. ", message)[0]
+        raise UserError(f"{problem} ({first_sentence[:200]})") from None
 
 
 # --- The method ---
 
 
 class Batch(NamedTuple):
-    obs: torch.Tensor  # uint8 (batch, 4, 84, 84)
-    actions: torch.Tensor  # int64 (batch,)
-    returns: torch.Tensor  # float32 (batch,): discounted sum of up to n rewards
-    discounts: torch.Tensor  # float32 (batch,): gamma^k for the k rewards in returns; 0 if the last of them terminated
-    next_obs: torch.Tensor  # uint8 (batch, 4, 84, 84)
-    teacher_q_values: torch.Tensor  # float32 (batch, num_actions) at obs
+    obs: Tensor  # uint8 (batch, 4, 84, 84)
+    actions: Tensor  # int64 (batch,)
+    returns: Tensor  # float32 (batch,): discounted sum of up to n rewards
+    discounts: Tensor  # float32 (batch,): gamma^k after k rewards; 0 if the last terminated
+    next_obs: Tensor  # uint8 (batch, 4, 84, 84)
+    teacher_q_values: Tensor  # float32 (batch, num_actions) at obs
 
 
-def qdagger_loss(q_values, next_q_values, batch: Batch, distill_weight, temperature: float, huber: bool = False):
-    """Scalars (loss, td_loss, distill_loss), means over the batch; distill_weight is distill_coef * lambda.
+def qdagger_loss(
+    q_values: Tensor,
+    next_q_values: Tensor,
+    batch: Batch,
+    distill_weight: float | Tensor,
+    temperature: float,
+    huber: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Scalars (loss, td_loss, distill_loss), means over the batch.
 
-    Q-values are float32 (batch, num_actions), the student's at batch.obs and the target network's at batch.next_obs.
+    Q-values are float32 (batch, num_actions), the student's at batch.obs and the target network's
+    at batch.next_obs; distill_weight is distill_coef * lambda.
     """
     td_target = batch.returns + batch.discounts * next_q_values.detach().max(1).values
     q_taken = q_values.gather(1, batch.actions[:, None]).squeeze(1)
-    td_loss = F.smooth_l1_loss(q_taken, td_target) if huber else F.mse_loss(q_taken, td_target)
+    if huber:
+        td_loss = F.smooth_l1_loss(q_taken, td_target)
+    else:
+        td_loss = F.mse_loss(q_taken, td_target)
     student = F.log_softmax(q_values / temperature, dim=1)
     teacher = F.log_softmax(batch.teacher_q_values.detach() / temperature, dim=1)
     distill_loss = F.kl_div(student, teacher, log_target=True, reduction="batchmean")
     return td_loss + distill_weight * distill_loss, td_loss, distill_loss
 
 
-def distill_coefficient(returns, teacher_return, baseline_return=0.0) -> float:
-    """lambda = clip(1 - G_student / G_teacher, 0, 1) with mean game scores G above the baseline (section 4.1)."""
-    if len(returns) < 10:  # as many as are kept: fewer games are too few to tell
+GAMES_FOR_LAMBDA = 10  # whose mean is the student's return; fewer are too few to tell
+
+
+def distill_coefficient(
+    returns: list[float], teacher_return: float, baseline_return: float = 0.0
+) -> float:
+    """lambda = clip(1 - G_student / G_teacher, 0, 1), G being mean scores above the baseline.
+
+    Source: section 4.1 of the paper.
+    """
+    if len(returns) < GAMES_FOR_LAMBDA:
         return 1.0
-    return float(np.clip(1 - (np.mean(returns) - baseline_return) / (teacher_return - baseline_return), 0, 1))
+    student = np.mean(returns) - baseline_return
+    teacher = teacher_return - baseline_return
+    return float(np.clip(1 - student / teacher, 0, 1))
 
 
 def linear_schedule(start: float, end: float, duration: float, step: int) -> float:
     """From `start` at step 0 to `end` at step `duration`, and `end` from there on."""
-    return end if step >= duration else start + (end - start) * step / duration
-
-
-PURPOSES = ("teacher buffer", "online", "evaluation", "baseline")  # of random numbers; each has its own
-
-
-def seeds_for(purpose: str, seed: int, count: int, step: int = 0) -> np.ndarray:
-    """`count` seeds below 2^31, int64 (count,), unlike those of any other purpose, run or step of a resumed phase."""
-    entropy = np.random.SeedSequence([seed, PURPOSES.index(purpose), step])
-    return entropy.generate_state(count).astype(np.int64) % 2**31
+    if step >= duration:
+        return end
+    return start + (end - start) * step / duration
 
 
 def due(begin: int, end: int, every: int) -> bool:
-    """Whether a multiple of `every` lies in (begin, end]: periodic work under any stride; never if 0."""
+    """Whether a multiple of `every` lies in (begin, end]: periodic work under any stride.
+
+    Never if `every` is 0.
+    """
     return every > 0 and end // every > begin // every
 
 
 @torch.no_grad()
-def act(network: Callable, generator: torch.Generator, obs: torch.Tensor, epsilon: float | torch.Tensor):
-    """epsilon-greedy actions int64 (batch,), and Q-values (batch, num_actions), for obs uint8 (batch, 4, 84, 84)."""
+def act(
+    network: Callable,
+    generator: torch.Generator,
+    obs: Tensor,
+    epsilon: float | Tensor,
+) -> tuple[Tensor, Tensor]:
+    """epsilon-greedy actions int64 (batch,), and Q-values float32 (batch, num_actions).
+
+    Observations are uint8 (batch, 4, 84, 84).
+    """
     q_values = network(obs)
+    num_actions = q_values.shape[1]
     draw = partial(torch.rand, len(obs), generator=generator, device=obs.device)
-    random_actions = (draw() * q_values.shape[1]).long()
-    return torch.where(draw() < epsilon, random_actions, q_values.argmax(1)), q_values
+    random_actions = (draw() * num_actions).long()
+    explores = draw() < epsilon
+    return torch.where(explores, random_actions, q_values.argmax(1)), q_values
 
 
 # --- Networks ---
 
-STACK, SIDE = 4, 84  # frames in an observation, and their height and width
+STACK = 4  # frames in an observation
+SIDE = 84  # their height and width
 
 
 class ResidualBlock(nn.Module):
@@ -217,584 +314,1042 @@ class ResidualBlock(nn.Module):
         self.conv0 = nn.Conv2d(channels, channels, 3, padding=1)
         self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x + self.conv1(F.relu(self.conv0(F.relu(x))))
+    def forward(self, x: Tensor) -> Tensor:
+        inner = self.conv0(F.relu(x))
+        return x + self.conv1(F.relu(inner))
 
 
-class ConvSequence(nn.Sequential):
-    """In this order: (batch, in_channels, h, w) to half the image, (batch, out_channels, ceil(h / 2), ceil(w / 2))."""
+class ConvSequence(nn.Module):
+    """Halves the image: (batch, in, h, w) to (batch, out, ceil(h / 2), ceil(w / 2))."""
 
     def __init__(self, in_channels: int, out_channels: int):
         super().__init__()
         self.conv = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.pool = nn.MaxPool2d(3, stride=2, padding=1)
         self.res_block0 = ResidualBlock(out_channels)
         self.res_block1 = ResidualBlock(out_channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x)
+        x = F.max_pool2d(x, 3, stride=2, padding=1)
+        x = self.res_block0(x)
+        return self.res_block1(x)
 
 
 class AtariNetwork(nn.Module):
     """Q-values float32 (batch, num_actions) from observations uint8 (batch, 4, 84, 84)."""
 
-    def __init__(self, layers: list[nn.Module], hidden: int, num_actions: int):
+    def __init__(self, layers: list[nn.Module]):
         super().__init__()
-        self.amp = False  # True: bfloat16 in all layers but the last, where it is too coarse to tell actions apart
-        features = nn.Sequential(*layers)(torch.zeros(1, STACK, SIDE, SIDE)).numel()
-        head = [nn.Flatten(), nn.Linear(features, hidden), nn.ReLU(), nn.Linear(hidden, num_actions)]
-        self.network = nn.Sequential(*layers, *head)
+        self.network = nn.Sequential(*layers)
+        # True: bfloat16 in all layers but the last, where it is too coarse to tell actions apart.
+        self.amp = False
 
-    def forward(self, obs: torch.Tensor) -> torch.Tensor:
-        with torch.autocast(obs.device.type, torch.bfloat16, enabled=self.amp, cache_enabled=False):
-            features = self.network[:-1](obs.float().div_(255))
-        return self.network[-1](features.float())
+    def forward(self, obs: Tensor) -> Tensor:
+        pixels = obs.float().div_(255)
+        device = obs.device.type
+        with torch.autocast(device, torch.bfloat16, enabled=self.amp, cache_enabled=False):
+            hidden = self.network[:-1](pixels)
+        return self.network[-1](hidden.float())
 
 
-class QNetwork(AtariNetwork):
-    """Impala-CNN (Espeholt et al., 2018), the student by default: 84 pixels a side become 42, 21 and 11."""
+class ImpalaCNN(AtariNetwork):
+    """Impala-CNN (Espeholt et al., 2018), the student by default."""
 
     def __init__(self, num_actions: int):
-        sequences = [ConvSequence(STACK, 16), ConvSequence(16, 32), ConvSequence(32, 32)]
-        super().__init__([*sequences, nn.ReLU()], 256, num_actions)
+        layers = [
+            ConvSequence(STACK, 16),  # 84 to 42 pixels a side
+            ConvSequence(16, 32),  # to 21
+            ConvSequence(32, 32),  # to 11
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Linear(32 * 11 * 11, 256),
+            nn.ReLU(),
+            nn.Linear(256, num_actions),
+        ]
+        super().__init__(layers)
 
 
-class TeacherNetwork(AtariNetwork):
+class NatureCNN(AtariNetwork):
     """The Nature CNN (Mnih et al., 2015), which most teachers are."""
 
     def __init__(self, num_actions: int):
-        layers = [nn.Conv2d(STACK, 32, 8, stride=4), nn.Conv2d(32, 64, 4, stride=2), nn.Conv2d(64, 64, 3, stride=1)]
-        super().__init__([module for layer in layers for module in (layer, nn.ReLU())], 512, num_actions)
+        layers = [
+            nn.Conv2d(STACK, 32, 8, stride=4),  # 84 to 20 pixels a side
+            nn.ReLU(),
+            nn.Conv2d(32, 64, 4, stride=2),  # to 9
+            nn.ReLU(),
+            nn.Conv2d(64, 64, 3, stride=1),  # to 7
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Linear(64 * 7 * 7, 512),
+            nn.ReLU(),
+            nn.Linear(512, num_actions),
+        ]
+        super().__init__(layers)
 
 
-NETWORKS = {"impala": QNetwork, "nature": TeacherNetwork}
+NETWORKS = {"impala": ImpalaCNN, "nature": NatureCNN}
 
 
 # --- Replay and games ---
 
 
 class FrameReplay:
-    """Uniform replay that stores each frame once, 7,056 bytes, and rebuilds stacks of four when it is sampled.
+    """Uniform replay of single frames: stacks of four are rebuilt when it is sampled.
 
-    Step t of environment i, number t * num_envs + i, holds its observation's newest frame and what was done there; the
-    next observation is that of step t + 1. A stack never reaches into an older episode but repeats its own first frame.
-    Draws pass over truncated steps, whose next observation is not stored; a return that meets one stops before it and
-    bootstraps from the observation there. Steps that AtariGames forces, or last before a resume, count as truncated.
+    So a million steps take 7 GB instead of 28, fit on the device that learns, and are drawn from
+    there inside one CUDA graph; the price is a few operations on indices per draw.
+
+    Step t of environment i, number t * num_envs + i, holds its observation's newest frame and what
+    was done there; the next observation is that of step t + 1. A stack never reaches into an older
+    episode but repeats its own first frame.
+
+    A step with `no_successor` is never drawn: what followed is not stored. That is so where a time
+    limit ends a game, where AtariGames forces an action, and at the last step before a resume. A
+    return that meets such a step stops before it and bootstraps from the observation there.
     """
 
-    FIELDS = ("actions", "rewards", "terminations", "truncations", "teacher_q_values")  # beside frames, in add's order
-    BLOCK = 4096  # frames that are compressed together
+    def __init__(self, capacity: int, num_envs: int, num_actions: int, device="cpu"):
+        """Room for `capacity` environment steps, of all environments together."""
+        size = math.ceil(capacity / num_envs) * num_envs
+        self.size = size
+        self.num_envs = num_envs
+        self.device = device
+        with torch.device(device):
+            with user_error("--buffer-size, --teacher-steps: too large for the memory"):
+                self.frames = torch.empty((size, SIDE, SIDE), dtype=torch.uint8)
+            self.actions = torch.zeros(size, dtype=torch.int64)
+            self.rewards = torch.zeros(size)
+            self.terminations = torch.zeros(size, dtype=torch.bool)
+            self.no_successor = torch.ones(size, dtype=torch.bool)
+            self.teacher_q_values = torch.zeros((size, num_actions))
+            # Steps of each environment so far; a tensor, since a CUDA graph would freeze a number.
+            self.written = torch.zeros((), dtype=torch.int64)
 
-    def __init__(self, capacity: int, num_envs: int, num_actions: int, device="cpu", state: dict | None = None):
-        """Room for `capacity` environment steps, of all environments together; and what is in `state`, a state_dict."""
-        self.num_envs, self.size, self.device = num_envs, math.ceil(capacity / num_envs) * num_envs, device
-        size, zeros = self.size, partial(torch.zeros, device=device)
-        with user_error("--buffer-size, --teacher-steps: too large for the memory, or not those of the checkpoint"):
-            self.frames = torch.empty((size, SIDE, SIDE), dtype=torch.uint8, device=device)
-            self.actions, self.rewards = zeros(size, dtype=torch.int64), zeros(size)
-            self.terminations, self.truncations = zeros(size, dtype=torch.bool), ~zeros(size, dtype=torch.bool)
-            self.teacher_q_values = zeros((size, num_actions))
-            self.written = zeros((), dtype=torch.int64)  # rows; a tensor, since a CUDA graph would freeze a number
-            if state:
-                self.load_state_dict(state)
-
-    def add(self, *row) -> None:
-        """A step of each game: newest frames, uint8 (num_envs, 84, 84), and FIELDS; without a teacher, not the last."""
-        here = (self.written * self.num_envs + torch.arange(self.num_envs, device=self.device)) % self.size
-        for name, values in zip(("frames", *self.FIELDS), row):
-            getattr(self, name)[here] = torch.as_tensor(values, device=self.device)
+    def add(self, frames: Tensor, step: "GameStep", teacher_q_values: Tensor | None = None):
+        """Store a step of each game, what was seen before it, uint8 (num_envs, 84, 84), and the
+        teacher's Q-values there, (num_envs, num_actions)."""
+        here = self.written * self.num_envs + torch.arange(self.num_envs, device=self.device)
+        here %= self.size
+        self.frames[here] = frames
+        for name in ("actions", "rewards", "terminations", "no_successor"):
+            values = torch.as_tensor(getattr(step, name), device=self.device)
+            getattr(self, name)[here] = values
+        if teacher_q_values is not None:
+            self.teacher_q_values[here] = teacher_q_values
         self.written += 1
 
-    def sample(self, batch_size: int, n_step: int, gamma: float, generator: torch.Generator) -> Batch:
-        """Draw transitions uniformly, but for the newest n_step of each environment, whose future is still to come."""
-        size, num_envs, ahead = self.size, self.num_envs, torch.arange(n_step, device=self.device)
-        oldest = ((self.written + STACK - 1) * num_envs - size).clamp(min=0)  # the first whose stack is still whole
-        draw = torch.rand(4 * batch_size, dtype=torch.float64, generator=generator, device=self.device)
-        numbers = oldest + (draw * ((self.written - n_step) * num_envs - oldest)).long()
-        truncated = self.truncations[numbers % size].long()
-        numbers = numbers[truncated.argsort(stable=True)[:batch_size]]  # of four times as many the first that are not
+    def sample(
+        self, batch_size: int, n_step: int, gamma: float, generator: torch.Generator
+    ) -> Batch:
+        """Draw transitions uniformly, but for the newest n_step rows, whose future is to come."""
+        numbers = self.draw(batch_size, n_step, generator)
+        return self.transitions(numbers, n_step, gamma)
 
-        window = (numbers[:, None] + ahead * num_envs) % size  # (batch, n_step)
-        terminations, truncations = self.terminations[window].long(), self.truncations[window].long()
-        counted = (terminations.cumsum(1) - terminations + truncations.cumsum(1)) == 0  # the terminating step as well
-        here, steps = window[:, 0], counted.sum(1)
-        returns = (self.rewards[window] * counted * gamma**ahead).sum(1)
-        discounts = gamma**steps * ~(terminations * counted).any(1)
-        obs, next_obs = self.stacks(numbers), self.stacks(numbers + steps * num_envs)
-        return Batch(obs, self.actions[here], returns, discounts, next_obs, self.teacher_q_values[here])
+    def draw(self, batch_size: int, n_step: int, generator: torch.Generator) -> Tensor:
+        """Numbers of steps that have a successor, int64 (batch_size,)."""
+        # The oldest whose stack of frames is whole, and the first whose return is not.
+        begin = ((self.written + STACK - 1) * self.num_envs - self.size).clamp(min=0)
+        end = (self.written - n_step) * self.num_envs
+        # More than are needed, to pass over those without a successor and take the first others.
+        count = max(4 * batch_size, 128)
+        uniform = torch.rand(count, dtype=torch.float64, generator=generator, device=self.device)
+        candidates = begin + (uniform * (end - begin)).long()
+        passed_over = self.no_successor[candidates % self.size].long()
+        order = passed_over.argsort(stable=True)
+        # If there are fewer than a batch, they are repeated. Not one in 128 draws is not met: of
+        # each life at most three steps are forced.
+        valid = (count - passed_over.sum()).clamp(min=1)
+        rank = torch.arange(batch_size, device=self.device) % valid
+        return candidates[order[rank]]
 
-    def stacks(self, numbers: torch.Tensor) -> torch.Tensor:
-        """Observations uint8 (batch, 4, 84, 84) at these steps. What was never written counts as truncated."""
+    def transitions(self, numbers: Tensor, n_step: int, gamma: float) -> Batch:
+        """What begins at these steps, int64 (batch,)."""
+        ahead = torch.arange(n_step, device=self.device)
+        window = (numbers[:, None] + ahead * self.num_envs) % self.size  # (batch, n_step)
+        terminated = self.terminations[window].long()
+        cut_off = self.no_successor[window].long()
+        terminated_earlier = terminated.cumsum(1) - terminated
+        counted = (terminated_earlier + cut_off.cumsum(1)) == 0  # the terminating step as well
+        bootstraps = ~(terminated * counted).any(1)
+        num_rewards = counted.sum(1)
+        here = window[:, 0]
+        return Batch(
+            obs=self.stacks(numbers),
+            actions=self.actions[here],
+            returns=(self.rewards[window] * counted * gamma**ahead).sum(1),
+            discounts=gamma**num_rewards * bootstraps,
+            next_obs=self.stacks(numbers + num_rewards * self.num_envs),
+            teacher_q_values=self.teacher_q_values[here],
+        )
+
+    def stacks(self, numbers: Tensor) -> Tensor:
+        """Observations uint8 (batch, 4, 84, 84) at these steps, int64 (batch,)."""
         back = torch.arange(STACK, device=self.device)
-        before = (numbers[:, None] - back[1:] * self.num_envs) % self.size  # the three steps before, the nearest first
-        age = ((self.terminations[before] | self.truncations[before]).cumsum(1) == 0).sum(1)  # how many of its episode
-        numbers = (numbers[:, None] - back.flip(0).minimum(age[:, None]) * self.num_envs) % self.size
+        # The three steps before, the nearest first. What was never written has no successor.
+        before = (numbers[:, None] - back[1:] * self.num_envs) % self.size
+        episode_ends = self.terminations[before] | self.no_successor[before]
+        age = (episode_ends.cumsum(1) == 0).sum(1)  # how many of them are of the same episode
+        oldest_first = back.flip(0).minimum(age[:, None])
+        numbers = (numbers[:, None] - oldest_first * self.num_envs) % self.size
         return self.frames.index_select(0, numbers.flatten()).view(-1, STACK, SIDE, SIDE)
 
-    def state_dict(self) -> dict:
-        """All that was written, the frames compressed by several threads."""
-        used = min(int(self.written) * self.num_envs, self.size)
-        with ThreadPoolExecutor() as pool:
-            packed = pool.map(lambda block: zlib.compress(block.cpu().numpy(), 1), self.frames[:used].split(self.BLOCK))
-            frames = [torch.frombuffer(bytearray(block), dtype=torch.uint8) for block in packed]
-        fields = {name: getattr(self, name)[:used].clone() for name in self.FIELDS}
-        return fields | {"written": self.written, "frames": frames}
 
-    def load_state_dict(self, state: dict) -> None:
-        """Restore a replay of this shape. Its games are gone, so the last step of each counts as truncated."""
-        used = len(state["actions"])
-        for block, packed in zip(self.frames[:used].split(self.BLOCK), state["frames"]):
-            block.copy_(torch.tensor(np.frombuffer(zlib.decompress(packed.numpy()), dtype=np.uint8)).view_as(block))
-        for name in self.FIELDS:
-            getattr(self, name)[:used] = state[name]
-        self.written.copy_(state["written"])
-        newest = self.written * self.num_envs - 1 - torch.arange(self.num_envs, device=self.device)
-        self.truncations[newest % self.size] = True
+# Actions that AtariGames forces, by their numbers in the games that have FIRE as the second.
+NOOP = 0
+FIRE = 1
+RIGHT = 2  # in some games another direction
+
+
+class FinishedGame(NamedTuple):
+    env: int
+    score: float  # sum of its raw rewards
+    length: int  # in emulator frames
+
+
+class GameStep(NamedTuple):
+    actions: np.ndarray  # int64 (num_envs,): what was really done
+    rewards: np.ndarray  # float32 (num_envs,): their signs
+    terminations: np.ndarray  # bool (num_envs,): a game is over or a life is lost
+    no_successor: np.ndarray  # bool (num_envs,): cut off by a time limit, or forced
+    finished: list[FinishedGame]
 
 
 class AtariGames:
-    """Atari as the reference wrappers show it (stable_baselines3's AtariWrapper), one for each of `seeds`.
+    """Atari as the reference wrappers show it (stable_baselines3's AtariWrapper), one per seed.
 
-    An image is grey, 84 x 84; an episode's first one fills its whole stack. A lost life ends an episode, not the game,
-    and forces a NOOP; where there is FIRE, FIRE and action 2 follow it, and open every game as well.
-    Such a step is not the agent's: `actions` says what was really done, and it is an episode of its own, truncated.
-    Games play on between `step_async` and `step_wait`, in ALE's threads. All follows from seeds and actions.
+    An image is grey, 84 x 84; an episode's first one fills its whole stack. A lost life ends an
+    episode, not the game, and forces a NOOP; where there is FIRE, FIRE and RIGHT follow it, and
+    open every game as well. Such a step is not the agent's, and is an episode of its own.
+
+    Games play on between `step_async` and `step_wait`, in ALE's threads. All follows from seeds and
+    actions.
     """
 
     def __init__(self, args: Args, seeds: np.ndarray):
-        num_envs, spec, screen = len(seeds), gym.spec(args.env_id).kwargs, ale_py.ALEInterface()
+        num_envs = len(seeds)
+        spec = gym.spec(args.env_id).kwargs
+        sticky = args.repeat_action_probability
+        if sticky is None:
+            sticky = spec["repeat_action_probability"]
+
+        screen = ale_py.ALEInterface()
         screen.loadROM(ale_py.roms.get_rom_path(spec["game"]))
-        options = dict(zip(("img_height", "img_width"), screen.getScreenDims()), grayscale=False, stack_num=1)
-        options |= dict(reward_clipping=False, use_fire_reset=False, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
-        sticky = (spec if args.repeat_action_probability is None else asdict(args))["repeat_action_probability"]
-        self.emulators = AtariVectorEnv(spec["game"], num_envs, **options, repeat_action_probability=sticky)
+        height, width = screen.getScreenDims()
+        self.emulators = AtariVectorEnv(
+            spec["game"],
+            num_envs,
+            repeat_action_probability=sticky,
+            noop_max=30,  # NoopResetEnv
+            frameskip=4,  # MaxAndSkipEnv, with maxpool
+            maxpool=True,
+            episodic_life=False,  # EpisodicLifeEnv: in step_wait
+            use_fire_reset=False,  # FireResetEnv: in step_async
+            reward_clipping=False,  # ClipRewardEnv: in step_wait, since scores are of raw rewards
+            img_height=height,  # WarpFrame: in grey, since ALE's own grey differs from OpenCV's
+            img_width=width,
+            grayscale=False,
+            stack_num=1,  # VecFrameStack: in step_wait
+            autoreset_mode=gym.vector.AutoresetMode.SAME_STEP,
+        )
         self.num_actions = int(self.emulators.single_action_space.n)
-        self.launch = np.array([0, 1, 2] if self.emulators.ale.get_action_set()[1] == ale_py.Action.FIRE else [0])
-        self.launching = np.full(num_envs, len(self.launch) - 1)  # how many actions of `launch` are still to come
-        self.images, info = self.emulators.reset(seed=seeds)  # colour, full size
-        self.lives, self.began, self.returns = info["lives"], np.zeros(num_envs, dtype=int), np.zeros(num_envs)
-        self.obs = self.grey()[:, None].repeat(STACK, axis=1)  # what to act on, uint8 (num_envs, 4, 84, 84)
+
+        # The action that is forced when so many are left to force.
+        launches = self.emulators.ale.get_action_set()[1] == ale_py.Action.FIRE
+        if launches:
+            self.forced_actions = np.array([NOOP, RIGHT, FIRE, NOOP])
+        else:
+            self.forced_actions = np.array([NOOP, NOOP])
+        self.forced_after_life = len(self.forced_actions) - 1
+        self.forced_after_game = self.forced_after_life - 1  # its NOOP is for a lost life alone
+        self.forced_left = np.full(num_envs, self.forced_after_game)
+
+        self.images, info = self.emulators.reset(seed=seeds)  # in colour and full size
+        self.lives = info["lives"]
+        self.first_frames = np.zeros(num_envs, dtype=int)  # numbers of each game's first frame
+        self.scores = np.zeros(num_envs)
+        # What to act on, uint8 (num_envs, 4, 84, 84).
+        self.obs = self.grey()[:, None].repeat(STACK, axis=1)
 
     def grey(self) -> np.ndarray:
-        """uint8 (num_envs, 84, 84): the reference's two calls for one tall picture of all games, which do not mix."""
-        tall = cv2.cvtColor(self.images.reshape(-1, *self.images.shape[-2:]), cv2.COLOR_RGB2GRAY)
-        return cv2.resize(tall, (SIDE, SIDE * len(self.images)), interpolation=cv2.INTER_AREA).reshape(-1, SIDE, SIDE)
+        """uint8 (num_envs, 84, 84), made of one tall picture of all games, which do not mix."""
+        num_envs, _, height, width, channels = self.images.shape
+        tall = self.images.reshape(num_envs * height, width, channels)
+        tall = cv2.cvtColor(tall, cv2.COLOR_RGB2GRAY)
+        tall = cv2.resize(tall, (SIDE, SIDE * num_envs), interpolation=cv2.INTER_AREA)
+        return tall.reshape(num_envs, SIDE, SIDE)
 
     def step_async(self, actions: np.ndarray) -> None:
-        """Begin a step with these actions, integers (num_envs,), but where a game or life is to be launched."""
-        self.forced = self.launching > 0
-        self.actions = np.where(self.forced, self.launch[-self.launching], actions)  # counted from the end of `launch`
-        self.launching -= self.forced
+        """Begin a step with these actions, integers (num_envs,), but where others are forced."""
+        self.forced = self.forced_left > 0
+        self.actions = np.where(self.forced, self.forced_actions[self.forced_left], actions)
+        self.forced_left -= self.forced
         self.emulators.send(self.actions)
 
-    def step_wait(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[tuple[int, float, int]]]:
-        """End it: rewards' signs, terminations, truncations, (num_envs,); of ended games (env, raw return, frames)."""
-        self.images, rewards, over, truncated, info = self.emulators.recv()
-        ended, lives = over | truncated, info["lives"]
+    def step_wait(self) -> GameStep:
+        """End the step that was begun."""
+        self.images, rewards, game_over, truncated, info = self.emulators.recv()
+        ended = game_over | truncated
+        lives = info["lives"]
         life_lost = ~ended & (lives > 0) & (lives < self.lives)
-        self.launching[life_lost], self.launching[ended] = len(self.launch), len(self.launch) - 1
-        began = info["frame_number"] - info["episode_frame_number"]  # the first frame of each game
-        self.returns += rewards
-        finished = [(i, self.returns[i].item(), (began - self.began)[i].item()) for i in np.flatnonzero(ended).tolist()]
-        self.returns[ended], self.began, self.lives = 0, began, lives
-        first = (ended | life_lost | self.forced)[:, None, None, None]
+        self.lives = lives
+        self.forced_left[life_lost] = self.forced_after_life
+        self.forced_left[ended] = self.forced_after_game
+
+        self.scores += rewards
+        first_frames = info["frame_number"] - info["episode_frame_number"]
+        finished = []
+        for env in np.flatnonzero(ended).tolist():
+            length = first_frames[env] - self.first_frames[env]
+            finished.append(FinishedGame(env, self.scores[env].item(), length.item()))
+        self.scores[ended] = 0
+        self.first_frames = first_frames
+
         frames = self.grey()[:, None]
-        self.obs = np.where(first, frames, np.concatenate([self.obs[:, 1:], frames], axis=1))
-        return np.sign(rewards, dtype=np.float32), over | life_lost, truncated | self.forced, finished
+        begins = (ended | life_lost | self.forced)[:, None, None, None]
+        shifted = np.concatenate([self.obs[:, 1:], frames], axis=1)
+        self.obs = np.where(begins, frames, shifted)
+        return GameStep(
+            actions=self.actions,
+            rewards=np.sign(rewards, dtype=np.float32),
+            terminations=game_over | life_lost,
+            no_successor=truncated | self.forced,
+            finished=finished,
+        )
 
 
 def evaluate(
-    network: Callable, args: Args, episodes: int, device, video=None, stop=(), epsilon=None, purpose="evaluation"
+    network: Callable,
+    args: Args,
+    episodes: int,
+    device: torch.device,
+    stop: Sequence[int] = (),
+    epsilon: float | None = None,
+    purpose: str = "evaluation",
+    video: Path | None = None,
 ) -> list[float]:
-    """Raw returns of `episodes` whole games at epsilon, by default end_e; --capture-video films the first to `video`.
+    """Raw scores of `episodes` whole games at epsilon, by default end_e; the first goes to `video`.
 
-    Games and generator are its own: an evaluation changes nothing in the training around it. How many each of up to ten
-    environments plays is fixed beforehand, so that short games are not preferred; and returns come in the order of the
-    environments, first the first game of each, so that the first ten are not the shortest. A signal in `stop`
-    interrupts it.
+    Games and generator are its own: an evaluation changes nothing in the training around it. How
+    many games each environment plays is fixed beforehand, so that short ones are not preferred;
+    and scores come in the order of the environments, the first game of each first, so that the
+    first ten are not the shortest. A signal in `stop` raises Stopped.
     """
+    if epsilon is None:
+        epsilon = args.end_e
     num_envs = min(episodes, 10)
     seeds = seeds_for(purpose, args.seed, num_envs)
-    games, generator = AtariGames(args, seeds), torch.Generator(device).manual_seed(int(seeds[0]))
-    left = [len(range(env, episodes, num_envs)) for env in range(num_envs)]
-    returns: list[list[float]] = [[] for _ in left]
-    actions_of_first = []
-    with tqdm(total=episodes, desc="evaluation", unit="game", leave=False) as bar:
-        while any(left):
+    games = AtariGames(args, seeds)
+    generator = torch.Generator(device).manual_seed(int(seeds[0]))
+    rounds = math.ceil(episodes / num_envs)
+    scores = np.full((rounds, num_envs), np.nan)  # first the first game of each
+    played = np.zeros(num_envs, dtype=int)
+
+    film = nullcontext() if video is None else open_film(video, games.images)
+    bar = tqdm(total=episodes, desc="evaluation", unit="game", leave=False)
+    with film, bar:
+        while bar.n < episodes:
             if stop:
-                raise KeyboardInterrupt(stop[0], "stopped")
+                raise Stopped(stop[0], "stopped")
+            if video is not None and played[0] == 0:
+                film.write_frame(games.images[0, 0])
             obs = torch.as_tensor(games.obs, device=device)
-            actions = act(network, generator, obs, args.end_e if epsilon is None else epsilon)[0].cpu().numpy()
-            actions_of_first.append(int(actions[0]))
-            games.step_async(actions)
-            for env, game_return, _ in games.step_wait()[-1]:
-                if left[env] > 0:
-                    left[env] -= 1
-                    returns[env].append(game_return)
+            actions, _ = act(network, generator, obs, epsilon)
+            games.step_async(actions.cpu().numpy())
+            for env, score, _ in games.step_wait().finished:
+                nth = played[env]
+                if nth * num_envs + env < episodes:
+                    scores[nth, env] = score
+                    played[env] += 1
                     bar.update()
-    if video and args.capture_video:
-        film(args, seeds[:1], actions_of_first, video)
-    rounds = range(len(returns[0]))  # the first environment plays as many games as any
-    return [of_env[nth] for nth in rounds for of_env in returns if nth < len(of_env)]
+    return scores.flatten()[:episodes].tolist()
 
 
 # --- Training ---
 
 
 class Learner(nn.Module):  # for a state_dict of both networks
-    """The student, its target network and its optimizer, and the one gradient step of both phases."""
+    """The student, its target network, its optimizer, and the gradient step of both phases."""
 
     def __init__(self, args: Args, num_actions: int, device: torch.device):
         super().__init__()
         self.args = args
         torch.manual_seed(args.seed)  # the network's first weights
         self.generator = torch.Generator(device).manual_seed(args.seed)  # exploration and sampling
-        self.q_network = NETWORKS[args.network](num_actions).to(device, memory_format=torch.channels_last)
+
+        network = NETWORKS[args.network](num_actions)
+        self.q_network = network.to(device, memory_format=torch.channels_last)
         self.q_network.amp = args.amp
         self.target_network = copy.deepcopy(self.q_network).requires_grad_(False)
-        self.distill_weight, learning_rate = torch.tensor([0.0, args.learning_rate], device=device)  # read by graphs
-        captured = device.type == "cuda" and args.capture
-        options = {"lr": learning_rate, "eps": args.adam_eps, "fused": True, "capturable": captured}
-        self.optimizer = torch.optim.Adam(self.q_network.parameters(), **options)
-        self.optimizer._warned_capturable_if_run_uncaptured = True  # its first three steps are not, see Graphed
-        self.metrics: dict[str, torch.Tensor] = {}  # scalars
-        with user_error("--compile: torch.compile fails here"):
-            for network in (self.q_network, self.target_network) if args.compile else ():
-                network.compile()
-                network(torch.zeros((args.num_envs, STACK, SIDE, SIDE), dtype=torch.uint8, device=device))
+        if args.compile:
+            obs = torch.zeros((args.num_envs, STACK, SIDE, SIDE), dtype=torch.uint8, device=device)
+            with user_error("--compile: torch.compile fails here"):
+                for network in (self.q_network, self.target_network):
+                    network.compile()
+                    network(obs)
 
-    def follow(self, lambda_: float) -> float:
-        """Weigh the teacher by lambda; the learning rate, which is returned, goes with it down to its final one."""
-        first, final = self.args.learning_rate, self.args.final_learning_rate
-        learning_rate = first if final is None else final + (first - final) * lambda_
-        self.optimizer.param_groups[0]["lr"].fill_(learning_rate)
+        # Tensors, since a CUDA graph would freeze numbers.
+        self.distill_weight = torch.tensor(0.0, device=device)
+        self.learning_rate = torch.tensor(args.learning_rate, device=device)
+        self.optimizer = torch.optim.Adam(
+            self.q_network.parameters(),
+            lr=self.learning_rate,
+            eps=args.adam_eps,
+            fused=True,
+            capturable=args.capture and device.type == "cuda",
+        )
+        self.metrics: dict[str, Tensor] = {}  # scalars of the last gradient step
+
+    def set_lambda(self, lambda_: float) -> float:
+        """Weigh the teacher by lambda; the learning rate, which is returned, follows."""
+        learning_rate = self.args.learning_rate
+        final = self.args.final_learning_rate
+        if final is not None:
+            learning_rate = final + (learning_rate - final) * lambda_
+        self.learning_rate.fill_(learning_rate)
         self.distill_weight.fill_(self.args.distill_coef * lambda_)
         return learning_rate
 
-    def gradient_step(self, replay: FrameReplay) -> None:
+    def gradient_step(self, replay: FrameReplay):
         args = self.args
         batch = replay.sample(args.batch_size, args.n_step, args.gamma, self.generator)
         next_q_values = self.target_network(batch.next_obs)  # whose weights need no gradient
         q_values = self.q_network(batch.obs)
-        loss, td, kl = qdagger_loss(q_values, next_q_values, batch, self.distill_weight, args.temperature, args.huber)
+        loss, td_loss, distill_loss = qdagger_loss(
+            q_values, next_q_values, batch, self.distill_weight, args.temperature, args.huber
+        )
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
-        q_taken = q_values.gather(1, batch.actions[:, None])
-        metrics = {"loss": loss, "td_loss": td, "distill_loss": kl, "q_values": q_taken.mean()}
-        self.metrics = {name: value.detach() for name, value in metrics.items()}
+        q_taken = q_values.detach().gather(1, batch.actions[:, None])
+        self.metrics = {
+            "loss": loss.detach(),
+            "td_loss": td_loss.detach(),
+            "distill_loss": distill_loss.detach(),
+            "q_values": q_taken.mean(),
+        }
 
     def read_metrics(self) -> dict[str, float]:
-        """Those of the last gradient step, fetched from the device; UserError if its loss is not finite."""
+        """Those of the last gradient step; UserError if its loss is not finite.
+
+        This waits for the device, so it is done only where they are logged or saved.
+        """
         values = {name: value.item() for name, value in self.metrics.items()}
-        if not math.isfinite(values.get("loss", 0.0)):
-            raise UserError(f"the loss is {values['loss']}: start anew with a smaller --learning-rate")
+        loss = values.get("loss", 0.0)
+        if not math.isfinite(loss):
+            raise UserError(f"the loss is {loss}: start anew with a smaller --learning-rate")
         return values
 
     @torch.no_grad()
-    def update_target(self, tau: float) -> None:
-        torch._foreach_lerp_(list(self.target_network.parameters()), list(self.q_network.parameters()), tau)
+    def update_target(self, tau: float):
+        online = list(self.q_network.parameters())
+        torch._foreach_lerp_(list(self.target_network.parameters()), online, tau)
 
 
 @dataclass
 class Progress:
     """How far a run has come: each phase is a loop that goes on from here."""
 
-    phase: int = 3  # 1 teacher buffer, 2 offline, 3 online; the defaults here are a start without a teacher
-    step: int = 0  # of this phase: environment steps, in phase 2 gradient steps
-    offset: int = 0  # of the step in logs and exploration, which count on from phase 2 to phase 3
+    phase: str = "online"  # before it "teacher buffer" and "offline"
+    step: int = 0  # of this phase: environment steps, offline gradient steps
+    global_step: int = 0  # of logs and exploration: offline and online steps
     seconds: float = 0.0  # spent on online steps, evaluations excluded
-    teacher_return: float = 0.0  # mean of its games
-    baseline_return: float = 0.0  # mean of random play's, if that is the baseline
-    distilling: bool = False  # False is for good: the teacher is asked no more, and its stored Q-values go stale
-    recent_returns: list[float] = field(default_factory=list)  # of the student's last 10 whole games, for lambda
-    evaluated: int = 0  # step of this phase's last evaluation, not to be repeated; -1: none yet; online begins at 0
-    scores: list[float] = field(default_factory=list)  # of its games
+    teacher_return: float = 0.0  # mean score of its games
+    baseline_return: float = 0.0  # that of random play, if lambda looks at it
+    distilling: bool = False  # once False, for good: the teacher is not asked any more
+    recent_returns: list[float] = field(default_factory=list)  # of ten whole games, for lambda
+    scores: list[float] = field(default_factory=list)  # of the last evaluation's games
+    evaluated: bool = False  # whether that was at this very step
+    saved_step: int = 0  # this phase's step at its last checkpoint
+
+    def advance(self, steps: int):
+        self.step += steps
+        self.evaluated = False
+        if self.phase != "teacher buffer":
+            self.global_step += steps
+
+    def begin(self, phase: str):
+        self.phase = phase
+        self.step = 0
+        self.saved_step = 0
+        self.evaluated = False
 
 
-class Run:
-    """runs/RUN: event files, and the state in checkpoint.pt; the one before it stays as checkpoint.previous.pt."""
+def fill_teacher_buffer(run: "Run", learner: Learner, replay: FrameReplay) -> None:
+    """Phase 1: the teacher plays, ever less at random; its steps and Q-values are stored."""
+    args = run.args
+    progress = run.progress
+    file = None if args.teacher_buffer is None else Path(args.teacher_buffer)
+    if file is not None and file.exists():
+        load_teacher_buffer(file, run.made_with(), replay)
+        return
 
-    def __init__(self, args: Args, facts: dict[str, str], first_step: int):
-        """A new directory, or that of --resume, where what was logged from `first_step` on will be logged again."""
-        self.next_save = time.monotonic() + 600  # for runs without --checkpoint-frequency
-        game, settings = args.env_id.replace("/", "-"), asdict(args) | facts
-        self.directory = Path(args.resume or f"runs/{game}__{args.exp_name}__{args.seed}__{time.time_ns() // 10**6}")
-        self.directory.mkdir(parents=True, exist_ok=args.resume is not None)
-        if args.track:
-            import wandb
+    num_envs = replay.num_envs
+    generator = run.teacher_generator
+    games = AtariGames(args, seeds_for("teacher buffer", args.seed, num_envs, progress.step))
+    policy = graphed(partial(act, run.teacher, generator), generator, args.capture)
 
-            names = {"project": args.wandb_project_name, "entity": args.wandb_entity, "id": self.directory.name}
-            wandb.init(**names, name=names["id"], resume="allow", config=settings, sync_tensorboard=True)
-        self.writer = SummaryWriter(str(self.directory), purge_step=first_step, flush_secs=10)
-        rows = "\n".join(f"|{name}|{value}|" for name, value in settings.items())
-        self.writer.add_text("hyperparameters", f"|name|value|\n|-|-|\n{rows}", first_step)
+    bar = tqdm(total=args.teacher_steps, initial=progress.step, desc="teacher buffer", unit="step")
+    while progress.step < args.teacher_steps:
+        run.checkpoint_if_due(learner, replay)
+        epsilon = linear_schedule(args.start_e, args.end_e, args.teacher_steps, progress.step)
+        obs = torch.as_tensor(games.obs, device=run.device)
+        actions, q_values = policy(obs, epsilon)
+        games.step_async(actions.cpu().numpy())
+        step = games.step_wait()
+        replay.add(obs[:, -1], step, q_values)
+        progress.advance(num_envs)
+        bar.update(num_envs)
+        if step.finished:
+            bar.postfix = f"return={step.finished[-1].score:.1f}, λ=1.00"
+    bar.close()
 
-    def log(self, step: int, scalars: dict[str, float]) -> None:
-        for tag, value in scalars.items():
-            self.writer.add_scalar(tag, value, step)
+    if file is not None:
+        write({"made_with": run.made_with(), "replay": pack(replay)}, file)
 
-    def save(self, state: dict, replay: FrameReplay) -> None:
-        start, path = time.monotonic(), self.directory / "checkpoint.pt"
-        self.writer.flush()
-        write(state | {"replay": replay.state_dict()}, path, before=path.with_suffix(".previous.pt"))
-        self.next_save = time.monotonic() + max(600, 100 * (time.monotonic() - start))  # at most 1% of the time for it
+
+OFFLINE_EVAL_FREQUENCY = 100_000  # gradient steps
+LOG_FREQUENCY = 100  # steps
+
+
+def learn_offline(run: "Run", learner: Learner, replay: FrameReplay) -> None:
+    """Phase 2: the student learns from the teacher's buffer alone, with lambda = 1."""
+    args = run.args
+    progress = run.progress
+    learner.set_lambda(1.0)
+    gradient_step = graphed(partial(learner.gradient_step, replay), learner.generator, args.capture)
+
+    bar = tqdm(total=args.offline_steps, initial=progress.step, desc="offline", unit="update")
+    while progress.step < args.offline_steps:
+        if progress.step % OFFLINE_EVAL_FREQUENCY == 0:
+            run.evaluate(learner, "charts/offline/avg_episodic_return")
+        run.checkpoint_if_due(learner, replay)
+
+        gradient_step()
+        progress.advance(1)
+        bar.update(1)
+        if progress.step % args.target_network_frequency == 0:
+            learner.update_target(args.tau)
+
+        if progress.step % LOG_FREQUENCY == 0:
+            metrics = learner.read_metrics()
+            scalars = {
+                "charts/offline/loss": metrics["loss"],
+                "charts/offline/q_loss": metrics["td_loss"],  # CleanRL's name
+                "charts/offline/distill_loss": metrics["distill_loss"],
+            }
+            run.log(scalars)
+            bar.postfix = f"return={np.mean(progress.scores):.1f}, λ=1.00"
+    bar.close()
+
+    run.evaluate(learner, "charts/offline/avg_episodic_return")
+    run.checkpoint_if_due(learner, replay)
+    learner.update_target(tau=1.0)
+    # Lambda is informed from the start: the games just played are the first ten.
+    progress.recent_returns = progress.scores[:GAMES_FOR_LAMBDA]
+
+
+def fading_lambda(args: Args, progress: Progress) -> float:
+    """The weight of the teacher in the step to come; it may be let go of for good."""
+    if args.distill_steps is not None and progress.step >= args.distill_steps:
+        progress.distilling = False
+    if not progress.distilling:
+        return 0.0
+    lambda_ = distill_coefficient(
+        progress.recent_returns, progress.teacher_return, progress.baseline_return
+    )
+    if args.distill_latch and lambda_ == 0:
+        progress.distilling = False
+    return lambda_
+
+
+def learn_online(run: "Run", learner: Learner, replay: FrameReplay) -> None:
+    """Phase 3: the student plays on by itself, and the teacher fades."""
+    args = run.args
+    progress = run.progress
+    exploration_steps = args.exploration_fraction * args.total_timesteps
+    # The first draw needs a stack of frames and n rewards of each game.
+    learning_starts = max(args.learning_starts, (args.n_step + STACK) * args.num_envs)
+    learning_rate = args.learning_rate
+    learner.metrics = {}
+
+    games = AtariGames(args, seeds_for("online", args.seed, args.num_envs, progress.step))
+    generator = learner.generator
+    policy = graphed(partial(act, learner.q_network, generator), generator, args.capture)
+    ask_teacher = graphed(run.teacher, generator, args.capture)
+    gradient_step = graphed(partial(learner.gradient_step, replay), generator, args.capture)
+
+    bar = tqdm(total=args.total_timesteps, initial=progress.step, desc="online", unit="step")
+    while progress.step < args.total_timesteps:
+        begin = progress.step
+        end = begin + args.num_envs
+        if begin > 0 and due(begin - args.num_envs, begin, args.eval_frequency):
+            run.evaluate(learner, "eval/episodic_return")
+        run.checkpoint_if_due(learner, replay)
+        start = time.perf_counter()
+
+        # How much the teacher weighs, and how much the student explores.
+        lambda_ = fading_lambda(args, progress)
+        if run.teacher is not None:
+            learning_rate = learner.set_lambda(lambda_)
+        epsilon = linear_schedule(args.start_e, args.end_e, exploration_steps, progress.global_step)
+
+        # ACT: the games play on while the student learns.
+        obs = torch.as_tensor(games.obs, device=run.device)
+        actions, _ = policy(obs, epsilon)
+        games.step_async(actions.cpu().numpy())
+
+        # LEARN
+        for number in range(begin + 1, end + 1):
+            if number > learning_starts and number % args.train_frequency == 0:
+                gradient_step()
+            if number % args.target_network_frequency == 0:
+                learner.update_target(args.tau)
+
+        # STORE
+        teacher_q_values = ask_teacher(obs) if progress.distilling else None
+        step = games.step_wait()
+        replay.add(obs[:, -1], step, teacher_q_values)
+        progress.advance(args.num_envs)
+        progress.seconds += time.perf_counter() - start
+        bar.update(args.num_envs)
+
+        # LOG
+        for game in step.finished:
+            run.log({"charts/episodic_return": game.score, "charts/episodic_length": game.length})
+            progress.recent_returns.append(game.score)
+        progress.recent_returns = progress.recent_returns[-GAMES_FOR_LAMBDA:]
+        if due(begin, end, LOG_FREQUENCY):
+            metrics = learner.read_metrics()
+            if not progress.distilling:  # the teacher's stored Q-values are stale, or missing
+                metrics.pop("distill_loss", None)
+            scalars = {f"losses/{name}": value for name, value in metrics.items()}
+            scalars["charts/epsilon"] = epsilon
+            scalars["charts/distill_coeff"] = lambda_
+            scalars["charts/learning_rate"] = learning_rate
+            scalars["charts/SPS"] = end / progress.seconds
+            run.log(scalars)
+            student_return = np.mean(progress.recent_returns or math.nan)
+            bar.postfix = f"return={student_return:.1f}, λ={lambda_:.2f}"
+    bar.close()
+
+    if progress.step > 0:
+        run.evaluate(learner, "eval/episodic_return")
+    run.checkpoint_if_due(learner, replay)
 
 
 def train(args: Args, stop: Sequence[int] = ()) -> Path:
-    """Run all phases, or what --resume has left of them, and return the directory. A signal in `stop` interrupts it."""
-    torch.set_flush_denormal(True)  # Adam's averages decay into denormal numbers, which make a CPU crawl
-    saved = load_checkpoint(Path(args.resume)) if args.resume else {}
-    validate(args, saved.get("args", {}))
-    if args.upload_model:
-        upload(args)
-    on_gpu = args.cuda and torch.cuda.is_available()
-    num_actions = AtariGames(args, seeds_for("online", args.seed, 1)).num_actions
-    if args.cuda and not on_gpu:
-        print("--cuda: no GPU found, running on the CPU, where ten million steps take days; README has shorter runs")
-    device = torch.device("cuda" if on_gpu else "cpu")
+    """Run all phases, or what --resume has left of them; returns the directory of the run.
+
+    A signal in `stop`, which may grow meanwhile, raises Stopped after a checkpoint.
+    """
+    torch.set_flush_denormal(True)  # Adam's averages would become denormal, and a CPU crawl
     torch.set_float32_matmul_precision("high")  # TF32 on a GPU
     torch.backends.cudnn.deterministic = args.torch_deterministic
-    graphed = Graphed if args.capture and on_gpu else lambda function, generator: function
-    learner, progress, teacher = Learner(args, num_actions, device), Progress(), None
-    seed_of_teacher = int(seeds_for("teacher buffer", args.seed, 1)[0])
-    generator_of_teacher = torch.Generator(device).manual_seed(seed_of_teacher)  # its own: --teacher-buffer skips it
-    FrameReplay(args.buffer_size, args.num_envs, num_actions, device)  # a GPU without room says so now; RAM fills later
-    torch.cuda.empty_cache()  # else small tensors that stay would settle in its place
-    facts = {"device": torch.cuda.get_device_name() if on_gpu else "cpu", "torch": str(torch.__version__)}
-    facts["threads"] = str(torch.get_num_threads())  # sums, and so weights, depend on it
 
-    # Phase 0: the teacher is found and measured. A run that is resumed has that behind it, and a replay.
-    if saved:
-        with user_error(f"--resume {args.resume}: its checkpoint does not fit"):
-            progress, facts, _ = Progress(**saved["progress"]), saved["facts"] | facts, len(saved["replay"])
-            teacher = network_of(saved["teacher"], num_actions).to(device) if saved["teacher"] else None
-            learner.load_state_dict(saved["networks"])
-            learner.optimizer.load_state_dict(learner.optimizer.state_dict() | {"state": saved["optimizer"]})
-            learner.generator.set_state(saved["generator"])
-            generator_of_teacher.set_state(saved["generator_of_teacher"])
-    elif args.teacher != "none":
-        path, reason = find_teacher(args)
-        teacher = load_network(path, num_actions, "--teacher", args.temperature).to(device)
-        facts |= {"teacher_file": f"{path}, {reason}", "teacher_sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
-        print(f"teacher: {facts['teacher_file']}")
-        play_games = partial(evaluate, teacher, args, args.teacher_eval_episodes, device, stop=stop)
-        progress = Progress(phase=1 if args.offline_steps > 0 else 3, distilling=True)
-        progress.teacher_return = float(np.mean(play_games()))
-        if args.return_baseline == "random":
-            progress.baseline_return = float(np.mean(play_games(epsilon=1.0, purpose="baseline")))
-        print(means := f"teacher: mean return {progress.teacher_return:.2f}, baseline {progress.baseline_return:.2f}")
-        if progress.teacher_return <= progress.baseline_return:
-            raise UserError(f"--teacher {args.teacher}: {means}: take another, or --return-baseline random")
-    run = Run(args, facts, (progress.offset + progress.step + 1) if saved and progress.phase > 1 else 0)
-    if teacher and (progress.phase == 1 or not saved):  # in phase 1 a resumed run logs all anew
-        run.log(0, {"charts/teacher/avg_episodic_return": progress.teacher_return})
-
-    def steps(name: str, total: int, stride: int, tag: str = "", every: int = 0) -> Iterator[tqdm]:
-        """The loop of a phase: its bar for each step; in between, evaluations, checkpoints of `replay`, and the end."""
-        bar = tqdm(total=total, initial=progress.step, desc=name, unit="update" if name == "offline" else "step")
-        while True:
-            before, at_end, logged = progress.step - stride, progress.step >= total, progress.offset + progress.step
-            evaluating = tag and (at_end or due(before, progress.step, every))  # also at step 0: before is negative
-            if evaluating and progress.evaluated != progress.step:  # if not done right before the run was resumed
-                video = run.directory / f"videos/{logged}.mp4"
-                with suppress(KeyboardInterrupt):  # when it is stopped: a checkpoint first
-                    scores = evaluate(learner.q_network, args, args.eval_episodes, device, video, stop)
-                    progress.evaluated, progress.scores = progress.step, scores
-                    run.log(logged, {tag: np.mean(scores)})
-            by_time = args.checkpoint_frequency is None and time.monotonic() > run.next_save
-            by_step = progress.step > 0 and due(before, progress.step, args.checkpoint_frequency or 0)
-            if by_time or by_step or evaluating or stop or at_end:
-                learner.read_metrics()  # nothing is kept that has diverged
-                if args.save_model:
-                    weights = {name: tensor.cpu() for name, tensor in learner.q_network.state_dict().items()}
-                    write(weights, run.directory / f"{args.exp_name}.cleanrl_model")
-                state = {"args": asdict(args), "facts": facts, "progress": asdict(progress)}
-                state |= {"networks": learner.state_dict(), "optimizer": learner.optimizer.state_dict()["state"]}
-                state |= {"generator": learner.generator.get_state(), "teacher": teacher and teacher.state_dict()}
-                state |= {"generator_of_teacher": generator_of_teacher.get_state()}
-                run.save(state, replay)
-            if stop:
-                raise KeyboardInterrupt(stop[0], f"stopped; go on with: python {sys.argv[0]} --resume {run.directory}")
-            if at_end:
-                return bar.close()
-            yield bar
-            progress.step += stride
-            bar.update(stride)
-
-    # Phase 1: the teacher fills its buffer, unless a file has it.
-    teacher_envs = 8 * args.num_envs  # the more the faster, since its policy never ages; the 8 is in validate as well
-    names = ["env_id", "repeat_action_probability", "num_envs", "teacher_steps", "start_e", "end_e", "temperature"]
-    made_with = {name: getattr(args, name) for name in names} | {"teacher": facts.get("teacher_sha256")}
-    if progress.phase < 3:
-        replay = FrameReplay(args.teacher_steps, teacher_envs, num_actions, device, saved.pop("replay", None))
-    if progress.phase == 1 and args.teacher_buffer and Path(args.teacher_buffer).exists():
-        load_teacher_buffer(Path(args.teacher_buffer), made_with, replay)
-        progress.phase, progress.step, progress.evaluated = 2, 0, -1
-    if progress.phase == 1:
-        games = AtariGames(args, seeds_for("teacher buffer", args.seed, teacher_envs, progress.step))
-        policy = graphed(partial(act, teacher, generator_of_teacher), generator_of_teacher)
-        for bar in steps("teacher buffer", args.teacher_steps, teacher_envs):
-            epsilon = linear_schedule(args.start_e, args.end_e, args.teacher_steps, progress.step)
-            obs = torch.as_tensor(games.obs, device=device)
-            actions, q_values = policy(obs, epsilon)
-            games.step_async(actions.cpu().numpy())
-            *outcome, finished = games.step_wait()
-            replay.add(obs[:, -1], games.actions, *outcome, q_values)
-            if finished:
-                bar.postfix = f"return={finished[-1][1]:.1f}, λ=1.00"
-        if args.teacher_buffer:
-            write({"made_with": made_with, "replay": replay.state_dict()}, Path(args.teacher_buffer))
-        progress.phase, progress.step, progress.evaluated = 2, 0, -1
-
-    # Phase 2: the student learns from the teacher's buffer alone.
-    if progress.phase == 2:
-        learner.follow(1.0)
-        gradient_step = graphed(partial(learner.gradient_step, replay), learner.generator)
-        for bar in steps("offline", args.offline_steps, 1, "charts/offline/avg_episodic_return", 100_000):
-            gradient_step()
-            step = progress.step + 1
-            if step % args.target_network_frequency == 0:
-                learner.update_target(args.tau)
-            if step % 100 == 0:  # by CleanRL's names: q_loss is td_loss
-                losses = {name.replace("td_", "q_"): value for name, value in learner.read_metrics().items()}
-                run.log(step, {f"charts/offline/{name}": value for name, value in losses.items() if "loss" in name})
-                bar.postfix = f"return={np.mean(progress.scores):.1f}, λ=1.00"
-        learner.update_target(tau=1.0)
-        progress.phase, progress.step, progress.evaluated, progress.offset = 3, 0, 0, args.offline_steps
-        progress.recent_returns = progress.scores[:10]  # of the evaluation just now: lambda is informed from the start
-        del replay, gradient_step  # room for the student's own
-
-    # Phase 3: the student plays on by itself, and the teacher fades.
-    replay = FrameReplay(args.buffer_size, args.num_envs, num_actions, device, saved.pop("replay", None))
-    learner.metrics, exploration_steps = {}, args.exploration_fraction * args.total_timesteps
-    learning_starts = max(args.learning_starts, (args.n_step + STACK) * args.num_envs)
-    games = AtariGames(args, seeds_for("online", args.seed, args.num_envs, progress.step))
-    policy = graphed(partial(act, learner.q_network, learner.generator), learner.generator)
-    q_values_of_teacher = graphed(teacher, learner.generator)  # not asked without one
-    gradient_step = graphed(partial(learner.gradient_step, replay), learner.generator)
-    for bar in steps("online", args.total_timesteps, args.num_envs, "eval/episodic_return", args.eval_frequency):
-        start, begin, end = time.perf_counter(), progress.step, progress.step + args.num_envs
-        epsilon = linear_schedule(args.start_e, args.end_e, exploration_steps, progress.offset + begin)
-        measured = progress.recent_returns, progress.teacher_return, progress.baseline_return
-        progress.distilling &= args.distill_steps is None or begin < args.distill_steps  # once False, for good
-        lambda_ = distill_coefficient(*measured) if progress.distilling else 0.0
-        progress.distilling &= lambda_ > 0 or not args.distill_latch  # latched; lambda_ is 0 in this step already
-        learning_rate = learner.follow(lambda_) if teacher else args.learning_rate
-        obs = torch.as_tensor(games.obs, device=device)
-        actions, _ = policy(obs, epsilon)
-        games.step_async(actions.cpu().numpy())  # they play on while the student learns
-        for step in range(begin + 1, end + 1):
-            if step > learning_starts and step % args.train_frequency == 0:
-                gradient_step()
-            if step % args.target_network_frequency == 0:
-                learner.update_target(args.tau)
-        teacher_q_values = [q_values_of_teacher(obs)] if progress.distilling else []
-        *outcome, finished = games.step_wait()
-        replay.add(obs[:, -1], games.actions, *outcome, *teacher_q_values)
-        progress.seconds += time.perf_counter() - start
-        for _, game_return, frames in finished:
-            run.log(progress.offset + end, {"charts/episodic_return": game_return, "charts/episodic_length": frames})
-            progress.recent_returns = [*progress.recent_returns, game_return][-10:]
-        if due(begin, end, 100):
-            scalars = {f"losses/{name}": value for name, value in learner.read_metrics().items()}
-            if not progress.distilling:
-                scalars.pop("losses/distill_loss", None)  # the teacher's stored Q-values are stale, or missing
-            scalars |= {"charts/epsilon": epsilon, "charts/distill_coeff": lambda_}
-            scalars |= {"charts/learning_rate": learning_rate, "charts/SPS": end / progress.seconds}
-            run.log(progress.offset + end, scalars)
-            bar.postfix = f"return={np.mean(progress.recent_returns or math.nan):.1f}, λ={lambda_:.2f}"
-    run.writer.close()
-    score = f"{np.mean(progress.scores):.2f} ± {np.std(progress.scores):.2f}"
-    print(f"{run.directory}: {score} over {len(progress.scores)} games")
+    saved = None if args.resume is None else load_checkpoint(Path(args.resume))
+    validate(args)
+    if saved is not None:
+        check_unchanged(args, saved["args"])
     if args.upload_model:
-        upload(args, run.directory, score)
+        check_upload(args)
+    run = Run(args, stop)
+    learner = Learner(args, run.num_actions, run.device)
+    run.new_replay()  # a GPU without room says so now; RAM fills later
+    torch.cuda.empty_cache()  # else small tensors that stay would settle in its place
+
+    # Phase 0: the teacher is found and measured. A run that is resumed has that behind it.
+    if saved is not None:
+        run.restore(saved, learner)
+    elif args.teacher != "none":
+        run.meet_teacher()
+    run.open()
+    replay = run.new_replay(saved)
+
+    if run.progress.phase == "teacher buffer":
+        fill_teacher_buffer(run, learner, replay)
+        run.progress.begin("offline")
+    if run.progress.phase == "offline":
+        learn_offline(run, learner, replay)
+        run.progress.begin("online")
+        del replay  # there is never room for two
+        replay = run.new_replay()
+    learn_online(run, learner, replay)
+    run.finish()
     return run.directory
 
 
-# --- Models, checkpoints, CUDA graphs, publishing, flags: the method is above ---
+# --- The method is above: runs, teachers, CUDA graphs, publishing, flags ---
+
+TEACHER_ENVS_PER_ENV = 8  # the more the faster, since a teacher's policy never ages
+CHECKPOINT_SECONDS = 600
 
 
-def network_of(state: dict[str, torch.Tensor], num_actions: int) -> AtariNetwork:
-    """The frozen network of these weights, the first of NETWORKS with as many, of these shapes; ValueError if none."""
+class Run:
+    """A run's state but for learner and replay; its event files and checkpoints, in runs/RUN.
+
+    The newest checkpoint is checkpoint.pt; the one before it stays as checkpoint.previous.pt.
+    """
+
+    def __init__(self, args, stop):
+        self.args = args
+        self.stop = stop
+        self.progress = Progress()
+        self.teacher: AtariNetwork | None = None
+        self.num_actions = AtariGames(args, seeds_for("online", args.seed, 1)).num_actions
+        self.facts = {
+            "device": "cpu",
+            "torch": str(torch.__version__),
+            "threads": str(torch.get_num_threads()),  # sums, and so weights, depend on it
+        }
+        self.device = torch.device("cpu")
+        if args.cuda and torch.cuda.is_available():
+            self.device = torch.device("cuda")
+            self.facts["device"] = torch.cuda.get_device_name()
+        elif args.cuda:
+            print("--cuda: no GPU found; on this CPU ten million steps take days, see README")
+        # Its own, so that the student is the same if --teacher-buffer makes this phase needless.
+        seed = seeds_for("teacher buffer", args.seed, 1)[0]
+        self.teacher_generator = torch.Generator(self.device).manual_seed(int(seed))
+        self.checkpoint_due = False
+        self.next_checkpoint = time.monotonic() + CHECKPOINT_SECONDS
+
+    def meet_teacher(self):
+        """Find, load and measure the teacher."""
+        args = self.args
+        progress = self.progress
+        path, reason = find_teacher(args)
+        teacher = load_network(path, self.num_actions, "--teacher", args.temperature)
+        self.teacher = teacher.to(self.device)
+        self.facts["teacher_file"] = f"{path}, {reason}"
+        self.facts["teacher_sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
+        print(f"teacher: {path}, {reason}")
+
+        games = args.teacher_eval_episodes
+        play = partial(evaluate, self.teacher, args, games, self.device, self.stop)
+        progress.teacher_return = float(np.mean(play()))
+        if args.return_baseline == "random":
+            random_scores = play(epsilon=1.0, purpose="baseline")
+            progress.baseline_return = float(np.mean(random_scores))
+        means = f"teacher: mean return {progress.teacher_return:.2f}"
+        means += f", baseline {progress.baseline_return:.2f}"
+        print(means)
+        if progress.teacher_return <= progress.baseline_return:
+            advice = "take another, or --return-baseline random"
+            raise UserError(f"--teacher {args.teacher}: {means}: {advice}")
+        progress.distilling = True
+        if args.offline_steps > 0:
+            progress.phase = "teacher buffer"
+
+    def open(self):
+        """Make the directory, or go on in that of --resume, and begin to log."""
+        args = self.args
+        if args.resume is None:
+            game = args.env_id.replace("/", "-")
+            name = f"{game}__{args.exp_name}__{args.seed}__{time.time_ns() // 10**6}"
+            self.directory = Path("runs", name)
+            self.directory.mkdir(parents=True)
+        else:
+            self.directory = Path(args.resume)
+        # What was logged after the checkpoint is logged again; after one of phase 1, everything.
+        starts_anew = args.resume is None or self.progress.phase == "teacher buffer"
+        first_step = 0 if starts_anew else self.progress.global_step + 1
+
+        settings = asdict(args) | self.facts
+        if args.track:
+            import wandb
+
+            wandb.init(
+                project=args.wandb_project_name,
+                entity=args.wandb_entity,
+                id=self.directory.name,
+                name=self.directory.name,
+                resume="allow",
+                config=settings,
+                sync_tensorboard=True,
+            )
+        self.writer = SummaryWriter(str(self.directory), purge_step=first_step, flush_secs=10)
+        rows = "\n".join(f"|{name}|{value}|" for name, value in settings.items())
+        self.writer.add_text("hyperparameters", f"|name|value|\n|-|-|\n{rows}", first_step)
+        if self.teacher is not None and starts_anew:
+            self.log({"charts/teacher/avg_episodic_return": self.progress.teacher_return})
+
+    def log(self, scalars):
+        for tag, value in scalars.items():
+            self.writer.add_scalar(tag, value, self.progress.global_step)
+
+    def evaluate(self, learner, tag):
+        """Let the student play, unless that was done at this step before a resume."""
+        args = self.args
+        progress = self.progress
+        if progress.evaluated:
+            return
+        video = None
+        if args.capture_video:
+            video = self.directory / "videos" / f"{progress.global_step}.mp4"
+        with suppress(Stopped):  # a checkpoint first, see checkpoint_if_due
+            progress.scores = evaluate(
+                learner.q_network, args, args.eval_episodes, self.device, self.stop, video=video
+            )
+            progress.evaluated = True
+            self.checkpoint_due = True
+            self.log({tag: np.mean(progress.scores)})
+
+    def checkpoint_if_due(self, learner, replay):
+        """After evaluations, as often as --checkpoint-frequency says, and if stopped: Stopped."""
+        frequency = self.args.checkpoint_frequency
+        if frequency is None:
+            periodic = time.monotonic() > self.next_checkpoint
+        else:
+            periodic = due(self.progress.saved_step, self.progress.step, frequency)
+        if periodic or self.checkpoint_due or self.stop:
+            self.checkpoint(learner, replay)
+        if self.stop:
+            command = f"python {sys.argv[0]} --resume {self.directory}"
+            raise Stopped(self.stop[0], f"stopped; go on with: {command}")
+
+    def checkpoint(self, learner, replay):
+        learner.read_metrics()  # nothing is kept that has diverged
+        if self.args.save_model:
+            weights = learner.q_network.state_dict()
+            weights = {name: tensor.cpu() for name, tensor in weights.items()}
+            write(weights, self.directory / f"{self.args.exp_name}.cleanrl_model")
+        self.writer.flush()
+        self.progress.saved_step = self.progress.step
+        content = {
+            "args": asdict(self.args),
+            "facts": self.facts,
+            "progress": asdict(self.progress),
+            "teacher": None if self.teacher is None else self.teacher.state_dict(),
+            "teacher_generator": self.teacher_generator.get_state(),
+            "networks": learner.state_dict(),
+            "optimizer": learner.optimizer.state_dict()["state"],
+            "generator": learner.generator.get_state(),
+            "replay": pack(replay),
+        }
+        path = self.directory / "checkpoint.pt"
+        write(content, path, before=self.directory / "checkpoint.previous.pt")
+        self.checkpoint_due = False
+        self.next_checkpoint = time.monotonic() + CHECKPOINT_SECONDS
+
+    def restore(self, saved, learner):
+        """Go on from a checkpoint; its replay is restored by `new_replay`."""
+        with user_error(f"--resume {self.args.resume}: its checkpoint does not fit"):
+            self.facts = saved["facts"] | self.facts
+            self.progress = Progress(**saved["progress"])
+            if saved["teacher"] is not None:
+                self.teacher = network_of(saved["teacher"], self.num_actions).to(self.device)
+            self.teacher_generator.set_state(saved["teacher_generator"])
+            learner.load_state_dict(saved["networks"])
+            optimizer = learner.optimizer.state_dict() | {"state": saved["optimizer"]}
+            learner.optimizer.load_state_dict(optimizer)
+            learner.generator.set_state(saved["generator"])
+
+    def new_replay(self, saved=None) -> FrameReplay:
+        """Online the student's, before that the teacher's; with what was saved of it."""
+        capacity = self.args.buffer_size
+        num_envs = self.args.num_envs
+        if self.progress.phase != "online":
+            capacity = self.args.teacher_steps
+            num_envs *= TEACHER_ENVS_PER_ENV
+        replay = FrameReplay(capacity, num_envs, self.num_actions, self.device)
+        if saved is not None:
+            with user_error(f"--resume {self.args.resume}: its checkpoint does not fit"):
+                unpack(saved.pop("replay"), replay)
+        return replay
+
+    def made_with(self) -> dict:
+        """What a file of --teacher-buffer depends on."""
+        names = ["env_id", "repeat_action_probability", "num_envs", "teacher_steps"]
+        names += ["start_e", "end_e", "temperature"]
+        settings = {name: getattr(self.args, name) for name in names}
+        return settings | {"teacher": self.facts["teacher_sha256"]}
+
+    def finish(self):
+        self.writer.close()
+        scores = self.progress.scores
+        score = f"{np.mean(scores):.2f} ± {np.std(scores):.2f}"
+        print(f"{self.directory}: {score} over {len(scores)} games")
+        if self.args.upload_model:
+            upload(self.args, self.directory, score)
+
+
+PURPOSES = ("teacher buffer", "online", "evaluation", "baseline")
+
+
+def seeds_for(purpose: str, seed: int, count: int, step: int = 0) -> np.ndarray:
+    """`count` seeds, int64 (count,), unlike those of any other purpose, run or step of a resume."""
+    entropy = np.random.SeedSequence([seed, PURPOSES.index(purpose), step])
+    return entropy.generate_state(count).astype(np.int64) % 2**31
+
+
+FIELDS = ("actions", "rewards", "terminations", "no_successor", "teacher_q_values")
+BLOCK = 4096  # frames that are compressed together
+
+
+def pack(replay) -> dict:
+    """All that was written to a replay, its frames compressed by several threads."""
+
+    def compress(block) -> Tensor:
+        packed = zlib.compress(block.cpu().numpy(), level=1)
+        return torch.frombuffer(bytearray(packed), dtype=torch.uint8)
+
+    used = min(int(replay.written) * replay.num_envs, replay.size)
+    with ThreadPoolExecutor() as pool:
+        frames = list(pool.map(compress, replay.frames[:used].split(BLOCK)))
+    state = {name: getattr(replay, name)[:used].clone() for name in FIELDS}
+    return state | {"written": replay.written, "frames": frames}
+
+
+def unpack(state, replay):
+    """Restore a replay of this shape. Its games are gone: their last steps have no successor."""
+    used = len(state["actions"])
+    for block, packed in zip(replay.frames[:used].split(BLOCK), state["frames"]):
+        pixels = np.frombuffer(zlib.decompress(packed.numpy()), dtype=np.uint8)
+        block.copy_(torch.tensor(pixels).view_as(block))
+    for name in FIELDS:
+        getattr(replay, name)[:used] = state[name]
+    replay.written.copy_(state["written"])
+    newest = replay.written * replay.num_envs - 1 - torch.arange(replay.num_envs)
+    replay.no_successor[newest % replay.size] = True
+
+
+def open_film(path, images):
+    """A film of RGB images like these, 15 a second (extra `video`)."""
+    from moviepy.video.io.ffmpeg_writer import FFMPEG_VideoWriter
+
+    height, width = images.shape[2:4]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with user_error("--capture-video"):
+        return FFMPEG_VideoWriter(str(path), (width, height), fps=15)
+
+
+def network_of(state: dict[str, Tensor], num_actions) -> AtariNetwork:
+    """The frozen network of these weights, recognised by their shapes; ValueError if none."""
     for kind in NETWORKS.values():
         network = kind(num_actions).requires_grad_(False)
+        names = network.state_dict().keys()
         with suppress(ValueError, RuntimeError):  # another number of them, or other shapes
-            network.load_state_dict(dict(zip(network.state_dict(), state.values(), strict=True)))
+            network.load_state_dict(dict(zip(names, state.values(), strict=True)))
             return network
-    raise ValueError(f"no weights of a Nature CNN or Impala-CNN for the {num_actions} actions of --env-id")
+    raise ValueError(
+        f"no weights of a Nature CNN or Impala-CNN for the {num_actions} actions of --env-id"
+    )
 
 
-def load_sb3(path: Path, num_actions: int, temperature: float) -> dict[str, torch.Tensor]:
-    """The Nature CNN in a Stable-Baselines3 zip of DQN, QR-DQN, PPO or A2C with CnnPolicy; ValueError if there is none.
+# Tensors and plain values, never code.
+load = partial(torch.load, map_location="cpu", weights_only=True)
 
-    Logits of the last two, times temperature, stand for Q-values: softmax(Q / temperature) is that agent's policy.
+
+def load_sb3(path, num_actions, temperature) -> dict[str, Tensor]:
+    """The Nature CNN in a Stable-Baselines3 zip of DQN, QR-DQN, PPO or A2C with CnnPolicy.
+
+    Logits of the last two, times temperature, stand for Q-values: softmax(Q / temperature) is that
+    agent's policy. ValueError if there is none.
     """
     with zipfile.ZipFile(path) as file:
         its_actions = int(json.loads(file.read("data"))["action_space"].get("n", num_actions))
         state = load(file.open("policy.pth"))
-    unused = r".*(_target|value_net)\.|(pi|vf)_features_extractor\."  # value and target networks, and copies
+    # Value and target networks, and copies.
+    unused = r".*(_target|value_net)\.|(pi|vf)_features_extractor\."
     state = {name: tensor for name, tensor in state.items() if not re.match(unused, name)}
     if its_actions != num_actions or len(state) != 10:
-        raise ValueError(f"no CnnPolicy of DQN, QR-DQN, PPO or A2C for the {num_actions} actions of --env-id")
-    for name in list(state)[-2:]:  # of the last layer: that of QR-DQN gives quantiles, whose mean is linear, too
-        state[name] = state[name].unflatten(0, (-1, num_actions)).mean(0) * (temperature if "action" in name else 1)
+        raise ValueError(
+            f"no CnnPolicy of DQN, QR-DQN, PPO or A2C for the {num_actions} actions of --env-id"
+        )
+    for name in list(state)[-2:]:  # of the last layer
+        # QR-DQN's gives quantiles for each action, whose mean is linear, too.
+        by_quantile = state[name].unflatten(0, (-1, num_actions))
+        state[name] = by_quantile.mean(0)
+        if "action" in name:
+            state[name] *= temperature
     return state
 
 
-def load_network(path: Path, num_actions: int, flag: str, temperature: float = 1.0) -> AtariNetwork:
-    """The network in a state dict or a Stable-Baselines3 zip; UserError if there is none. No file can run code."""
+def load_network(path, num_actions, flag, temperature=1.0) -> AtariNetwork:
+    """The network in a state dict or a Stable-Baselines3 zip; UserError if there is none."""
     with user_error(f"{flag} {path}: cannot be read"):
-        sb3 = zipfile.is_zipfile(path) and "policy.pth" in zipfile.ZipFile(path).namelist()  # torch writes zips as well
-        return network_of(load_sb3(path, num_actions, temperature) if sb3 else load(path), num_actions)
+        # torch writes zips as well
+        if zipfile.is_zipfile(path) and "policy.pth" in zipfile.ZipFile(path).namelist():
+            state = load_sb3(path, num_actions, temperature)
+        else:
+            state = load(path)
+        return network_of(state, num_actions)
 
 
-def find_teacher(args: Args) -> tuple[Path, str]:
-    """The teacher's file, and why that one: the path given, else the hub's, else its cache's, else the bundled one."""
+def find_teacher(args) -> tuple[Path, str]:
+    """The teacher's file, and why that one.
+
+    The path given, else the hub's, else its cache's, else the bundled one.
+    """
     if args.teacher != "auto":
         return Path(args.teacher), "as given"
-    env_id = re.sub("ALE/(.*)-v5", r"\1NoFrameskip-v4", args.env_id)  # the older name of the same game
-    repo = args.teacher_policy_hf_repo or f"cleanrl/{env_id}-{args.teacher_model_exp_name}-seed1"
+    env_id = re.sub("ALE/(.*)-v5", r"\1NoFrameskip-v4", args.env_id)  # the older name of the game
+    default_repo = f"cleanrl/{env_id}-{Args.teacher_model_exp_name}-seed1"
+    repo = args.teacher_policy_hf_repo
+    if repo is None:
+        repo = f"cleanrl/{env_id}-{args.teacher_model_exp_name}-seed1"
     sb3 = re.search("/((dqn|qrdqn|ppo|a2c)-.*)", repo)
-    file = f"{sb3[1]}.zip" if sb3 else f"{args.teacher_model_exp_name}.cleanrl_model"
+    file = f"{args.teacher_model_exp_name}.cleanrl_model" if sb3 is None else f"{sb3[1]}.zip"
+
     with user_error(f"--teacher-policy-hf-repo {repo}: no {file} from there"):
-        try:  # once and not for long: hf_hub_download itself tries again for half a minute and more
-            ThreadPoolExecutor(1).submit(get_hf_file_metadata, hf_hub_url(repo, file), timeout=5).result(timeout=8)
+        try:
+            # Once and not for long: hf_hub_download itself tries again for half a minute and more.
+            url = hf_hub_url(repo, file)
+            answer = ThreadPoolExecutor(1).submit(get_hf_file_metadata, url, timeout=5)
+            answer.result(timeout=8)
             return Path(hf_hub_download(repo, file)), f"from the hub, {repo}"
         except Exception as error:
+            # 429 and 5xx count as out of reach; others are answers, such as 404 to a wrong name.
             if isinstance(error, errors.HfHubHTTPError) and error.response.status_code < 429:
-                raise  # a real answer, such as 404 to a wrong name; 429 and 5xx count as out of reach
+                raise
             with suppress(errors.LocalEntryNotFoundError):
-                return Path(hf_hub_download(repo, file, local_files_only=True)), f"from the cache of the hub, {repo}"
+                cached = hf_hub_download(repo, file, local_files_only=True)
+                return Path(cached), f"from the cache of the hub, {repo}"
+
     bundled = Path(__file__).parent / "teachers" / f"{env_id}.cleanrl_model"
-    if repo != f"cleanrl/{env_id}-{Args.teacher_model_exp_name}-seed1" or not bundled.exists():
-        raise UserError(f"--teacher auto: the hub is out of reach and {repo} not in its cache; give a PATH")
+    if repo != default_repo or not bundled.exists():
+        raise UserError(
+            f"--teacher auto: the hub is out of reach and {repo} not in its cache; give a PATH"
+        )
     return bundled, "bundled: the hub is out of reach"
 
 
-def load_teacher_buffer(path: Path, made_with: dict, replay: FrameReplay) -> None:
-    """Fill `replay` from --teacher-buffer; UserError if the file is damaged or was made with other settings."""
+def load_teacher_buffer(path, made_with, replay):
+    """Fill `replay` from --teacher-buffer; UserError if it is damaged, or of other settings."""
     with user_error(f"--teacher-buffer {path}: not a teacher's buffer of this version"):
         content = load(path)
-        if differing := [name for name, value in made_with.items() if content["made_with"][name] != value]:
-            raise UserError(f"--teacher-buffer {path}: made with another {differing[0]}; name another file")
-        replay.load_state_dict(content["replay"])
+        for name, value in made_with.items():
+            if content["made_with"][name] != value:
+                raise UserError(
+                    f"--teacher-buffer {path}: made with another {name}; name another file"
+                )
+        unpack(content["replay"], replay)
 
 
-def write(content: dict, path: Path, before: Path | None = None) -> None:
-    """torch.save beside `path`, to the disk, then rename: never half a file. What was there is kept as `before`."""
-    part = Path(f"{path}.part" if before else f"{path}.{os.getpid()}.part")  # one buffer may have several writers
-    with user_error(f"cannot write {path}; once it can be written, --resume"), ExitStack() as at_the_end:
-        at_the_end.callback(part.unlink, missing_ok=True)  # what a full disk has left of it
-        with part.open("wb") as file:
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        if before and path.exists():
-            path.replace(before)
-        part.replace(path)
+def write(content, path, before=None):
+    """torch.save beside `path`, to the disk, then rename: never half a file.
+
+    What was there is kept as `before`.
+    """
+    part = Path(f"{path}.{os.getpid()}.part")  # one buffer may have several writers
+    with user_error(f"cannot write {path}; once it can be written, --resume"):
+        try:
+            with part.open("wb") as file:
+                torch.save(content, file)
+                file.flush()
+                os.fsync(file.fileno())
+            if before is not None and path.exists():
+                path.replace(before)
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)  # what a full disk has left of it
 
 
-def load_checkpoint(run_dir: Path) -> dict:
-    """The newest whole state of a run: tensors and plain values, never code. UserError if there is none."""
-    for path in (run_dir / "checkpoint.pt", run_dir / "checkpoint.previous.pt"):
+def load_checkpoint(run_dir) -> dict:
+    """The newest whole state of a run: tensors and plain values. UserError if there is none."""
+    for name in ("checkpoint.pt", "checkpoint.previous.pt"):
+        path = run_dir / name
         try:
             return load(path)
         except Exception as error:
@@ -802,16 +1357,27 @@ def load_checkpoint(run_dir: Path) -> dict:
     raise UserError(f"--resume {run_dir}: no checkpoint of this version in it")
 
 
-class Graphed:
-    """A function of tensors that draws from `generator`, as one CUDA graph: its kernels run without Python between.
+def graphed(function, generator, capture) -> Callable:
+    """The function as one CUDA graph, or as it is where there is no GPU or --no-capture."""
+    if capture and generator.device.type == "cuda":
+        return Graphed(function, generator)
+    return function
 
-    Three calls run as they are while libraries choose algorithms, the fourth is captured. From then on each copies its
-    inputs to where the graph reads them, and overwrites what the last one returned.
+
+class Graphed:
+    """A function of tensors and numbers that draws from `generator`, as one CUDA graph.
+
+    Its kernels then run without Python between them. Three calls run as they are while libraries
+    choose algorithms; the fourth is captured. From then on each copies its inputs to where the
+    graph reads them, and overwrites what the last one returned.
     """
 
-    def __init__(self, function: Callable, generator: torch.Generator):
-        self.function, self.generator, self.calls = function, generator, 0
-        self.graph, self.stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    def __init__(self, function, generator):
+        self.function = function
+        self.generator = generator
+        self.calls = 0
+        self.graph = torch.cuda.CUDAGraph()
+        self.stream = torch.cuda.Stream()
 
     def __call__(self, *inputs):
         self.calls += 1
@@ -822,104 +1388,163 @@ class Graphed:
             torch.cuda.current_stream().wait_stream(self.stream)
             return outputs
         if self.calls == 4:
-            self.inputs = [torch.as_tensor(value, device=self.generator.device).clone() for value in inputs]
-            self.graph.register_generator_state(self.generator)
-            with user_error("--capture: try --no-capture"), torch.cuda.graph(self.graph, stream=self.stream):
-                self.outputs = self.function(*self.inputs)
+            self.capture(inputs)
         for own, value in zip(self.inputs, inputs):
-            own.copy_(value) if torch.is_tensor(value) else own.fill_(value)
+            if torch.is_tensor(value):
+                own.copy_(value)
+            else:
+                own.fill_(value)
         self.graph.replay()
         return self.outputs
 
-
-def film(args: Args, seeds: np.ndarray, actions: list[int], path: Path) -> None:
-    """Play the game of this one seed and these actions again, and write what is seen, in colour (extra `video`)."""
-    from moviepy.video.io.ffmpeg_writer import FFMPEG_VideoWriter
-
-    games = AtariGames(args, seeds)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with user_error("--capture-video"), FFMPEG_VideoWriter(str(path), games.images.shape[-2:-4:-1], fps=15) as video:
-        for action in actions:
-            video.write_frame(games.images[0, 0])
-            games.step_async(np.array([action]))
-            if games.step_wait()[-1]:
-                break
+    def capture(self, inputs):
+        device = self.generator.device
+        self.inputs = [torch.as_tensor(value, device=device).clone() for value in inputs]
+        self.graph.register_generator_state(self.generator)
+        capturing = torch.cuda.graph(self.graph, stream=self.stream)
+        with user_error("--capture: try --no-capture"), capturing:
+            self.outputs = self.function(*self.inputs)
 
 
-def upload(args: Args, run_dir: Path | None = None, score: str = "") -> None:
-    """Before the first step make the hub's repository, to see that one may; at the end publish the run there."""
-    name, task = f"{args.env_id}-{args.exp_name}-seed{args.seed}".replace("/", "-"), "reinforcement-learning"
-    with user_error("--upload-model: no way to write there; `hf auth login` first, or another --hf-entity"):
-        repo = HfApi().create_repo(f"{args.hf_entity}/{name}".removeprefix("/"), exist_ok=True).repo_id
-        if run_dir:
-            result = EvalResult(task, args.env_id, args.env_id, metric_type="mean_reward", metric_value=score)
-            card = ModelCardData(model_name=name, tags=[args.env_id, task], pipeline_tag=task, eval_results=[result])
-            (run_dir / "README.md").write_bytes(f"---\n{card}\n---\n# QDagger on {args.env_id}: {score}\n".encode())
-            HfApi().upload_folder(repo_id=repo, folder_path=run_dir, ignore_patterns="checkpoint*")
+def check_upload(args):
+    """UserError if the run could not be uploaded in the end."""
+    with user_error("--upload-model: the hub does not know you; `hf auth login` first"):
+        user = HfApi().whoami()
+    own = [user["name"]]
+    own += [organisation["name"] for organisation in user.get("orgs", [])]
+    if args.hf_entity and args.hf_entity not in own:
+        raise UserError(
+            f"--hf-entity {args.hf_entity}: neither {user['name']} nor one of its organisations"
+        )
 
 
-def validate(args: Args, before: dict) -> None:
-    """UserError for the first flag that cannot work, or that is not as `before` in the run to be resumed."""
-    mutable = "resume total_timesteps checkpoint_frequency eval_frequency eval_episodes evaluate teacher_buffer "
-    mutable += "track wandb_project_name wandb_entity capture_video save_model upload_model hf_entity capture compile"
-    positive = "num_envs buffer_size batch_size n_step train_frequency target_network_frequency learning_rate "
-    positive += "adam_eps temperature teacher_eval_episodes eval_episodes"
-    shares = "gamma tau start_e end_e exploration_fraction repeat_action_probability"
-    games = [env_id for env_id in gym.registry if re.fullmatch(r"(ALE/\w+-v5)|(\w+NoFrameskip-v4)", env_id)]
-    numbers = {flag: value for flag, value in asdict(args).items() if isinstance(value, int | float)}
-    least, buffer = (args.n_step + STACK) * args.num_envs, Path(args.teacher_buffer or __file__)  # unset: this file
-    changed = [flag for flag in before if flag not in mutable.split() and getattr(args, flag) != before[flag]]
-    rules = [
-        ("env_id", args.env_id in games, "no game of ale-py's, such as PongNoFrameskip-v4 or ALE/Pong-v5"),
-        *((flag, 0 <= number < 2**31, "must lie between 0 and 2^31") for flag, number in numbers.items()),
-        *((flag, numbers[flag] > 0, "must be above 0") for flag in positive.split()),
-        *((flag, numbers.get(flag, 0) <= 1, "must lie between 0 and 1") for flag in shares.split()),
-        ("buffer_size", args.buffer_size >= least, f"too few: {least} or more"),
-        ("teacher_steps", args.teacher == "none" or args.teacher_steps >= 8 * least, f"too few: {8 * least} or more"),
-        ("teacher_buffer", buffer.exists() or os.access(buffer.absolute().parent, os.W_OK), "not there, nor writable"),
-        ("upload_model", args.save_model or not args.upload_model, "there is nothing to upload without --save-model"),
-        ("capture_video", not args.capture_video or importlib.util.find_spec("moviepy"), "pip install moviepy"),
-        ("track", not args.track or importlib.util.find_spec("wandb"), "pip install wandb"),
-        *((flag, False, f"the run to be resumed has {before[flag]}; leave out --resume") for flag in changed),
-    ]
-    for flag, holds, rule in rules:
-        if not holds:
+def upload(args, run_dir, score):
+    """Publish model, event files, films and a card with the score."""
+    task = "reinforcement-learning"
+    name = f"{args.env_id}-{args.exp_name}-seed{args.seed}".replace("/", "-")
+    if args.hf_entity:
+        name = f"{args.hf_entity}/{name}"
+    result = EvalResult(
+        task_type=task,
+        dataset_type=args.env_id,
+        dataset_name=args.env_id,
+        metric_type="mean_reward",
+        metric_value=score,
+    )
+    card = ModelCardData(
+        model_name=name,
+        tags=[args.env_id, task],
+        pipeline_tag=task,
+        eval_results=[result],
+    )
+    text = f"---\n{card}\n---\n# QDagger on {args.env_id}: {score}\n"
+    (run_dir / "README.md").write_text(text, encoding="utf-8")
+    with user_error("--upload-model: the run is not published; try --resume"):
+        api = HfApi()
+        repo = api.create_repo(name, exist_ok=True)
+        api.upload_folder(repo_id=repo.repo_id, folder_path=run_dir, ignore_patterns="checkpoint*")
+
+
+def validate(args):
+    """UserError for the first flag that cannot work."""
+
+    def require(condition, flag, rule):
+        if not condition:
             raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: {rule}")
 
+    is_game = args.env_id in gym.registry
+    named_so = re.fullmatch(r"ALE/\w+-v5|\w+NoFrameskip-v4", args.env_id) is not None
+    rule = "no game of ale-py's, such as PongNoFrameskip-v4 or ALE/Pong-v5"
+    require(is_game and named_so, "env_id", rule)
 
-def play(args: Args, stop: Sequence[int]) -> None:
-    """--evaluate: print the score of every game of a saved model, and their mean and standard deviation."""
-    validate(args, {})
-    device, path = "cuda" if args.cuda and torch.cuda.is_available() else "cpu", Path(args.evaluate)
-    num_actions = AtariGames(args, seeds_for("online", args.seed, 1)).num_actions
+    for flag, value in asdict(args).items():
+        if not isinstance(value, int | float):
+            continue
+        require(0 <= value < 2**31, flag, "must lie between 0 and 2^31")
+        if flag in POSITIVE:
+            require(value > 0, flag, "must be above 0")
+        if flag in SHARES:
+            require(value <= 1, flag, "must lie between 0 and 1")
+
+    fewest = (args.n_step + STACK) * args.num_envs  # the first draw needs so many
+    require(args.buffer_size >= fewest, "buffer_size", f"too few: {fewest} or more")
+    if args.teacher != "none":
+        fewest *= TEACHER_ENVS_PER_ENV
+        require(args.teacher_steps >= fewest, "teacher_steps", f"too few: {fewest} or more")
+    if args.teacher_buffer is not None:
+        path = Path(args.teacher_buffer).absolute()
+        usable = path.exists() or os.access(path.parent, os.W_OK)
+        require(usable, "teacher_buffer", "not there, nor writable")
+    if args.upload_model:
+        require(args.save_model, "upload_model", "there is nothing to upload without --save-model")
+    for flag, package in (("capture_video", "moviepy"), ("track", "wandb")):
+        if getattr(args, flag):
+            found = importlib.util.find_spec(package) is not None
+            require(found, flag, f"pip install {package}")
+
+
+def check_unchanged(args, before):
+    """UserError for the first flag that a resumed run must keep, but that is another."""
+    for flag, value in before.items():
+        if flag not in MAY_CHANGE and getattr(args, flag) != value:
+            name = flag.replace("_", "-")
+            rule = f"the run to be resumed has {value}; leave out --resume"
+            raise UserError(f"--{name} {getattr(args, flag)}: {rule}")
+
+
+def play(args, stop):
+    """--evaluate: print each game's score, and their mean and standard deviation."""
+    validate(args)
+    path = Path(args.evaluate)
+    device = "cuda" if args.cuda and torch.cuda.is_available() else "cpu"
+    num_actions = AtariGames(args, seeds_for("evaluation", args.seed, 1)).num_actions
     network = load_network(path, num_actions, "--evaluate").to(device)
-    returns = evaluate(network, args, args.eval_episodes, device, path.parent / "videos/evaluation.mp4", stop)
-    print(*(f"game {game}: {game_return:g}" for game, game_return in enumerate(returns, 1)), sep="\n")
-    print(f"{np.mean(returns):.2f} ± {np.std(returns):.2f} over {len(returns)} games of {args.env_id}")
+    video = path.parent / "videos" / "evaluation.mp4" if args.capture_video else None
+    scores = evaluate(network, args, args.eval_episodes, device, stop, video=video)
+    for number, score in enumerate(scores, 1):
+        print(f"game {number}: {score:g}")
+    games = f"{len(scores)} games of {args.env_id}"
+    print(f"{np.mean(scores):.2f} ± {np.std(scores):.2f} over {games}")
 
 
-def main() -> None:
-    args, stop = tyro.cli(Args, description=__doc__), []
+def parse_flags() -> Args:
+    """The flags of the command line; with --resume, what is not said again is as it was."""
+    args = tyro.cli(Args, description=__doc__)
+    if not args.resume:
+        return args
+    saved = load_checkpoint(Path(args.resume))
+    with user_error(f"--resume {args.resume}: its flags are those of another version"):
+        before = Args(**saved["args"])
+        before.resume = args.resume
+        before.evaluate = None
+    return tyro.cli(Args, description=__doc__, default=before)
 
-    def handle(number: int, _) -> None:
+
+def main():
+    stop: list[int] = []
+
+    def handle(number, _):
         stop.append(number)
         signal.signal(number, signal.SIG_DFL)
-        os.write(2, b"\nstopping; the same signal again quits at once\n")  # print may be in the middle of a line
+        # print may be in the middle of a line
+        os.write(2, b"\nstopping; the same signal again quits at once\n")
 
-    for name in {"SIGINT", "SIGTERM", "SIGUSR1"} & set(dir(signal)):  # the last is Slurm's warning, not on Windows
-        signal.signal(getattr(signal, name), handle)
+    for name in ("SIGINT", "SIGTERM", "SIGUSR1"):  # the last is Slurm's warning
+        if hasattr(signal, name):  # not on Windows
+            signal.signal(getattr(signal, name), handle)
     try:
-        if args.resume:  # what is not said again is as it was
-            with user_error(f"--resume {args.resume}: its flags are those of another version"):
-                before = Args(**load_checkpoint(Path(args.resume))["args"] | {"resume": args.resume, "evaluate": None})
-            args = tyro.cli(Args, description=__doc__, default=before)
-        play(args, stop) if args.evaluate else train(args, stop)
+        args = parse_flags()
+        if args.evaluate:
+            play(args, stop)
+        else:
+            train(args, stop)
     except (UserError, OSError, torch.OutOfMemoryError) as error:
         tqdm.write(f"error: {error}", file=sys.stderr)  # above a progress bar
         sys.exit(2)
-    except KeyboardInterrupt as stopped:
-        tqdm.write(stopped.args[1], file=sys.stderr)
-        sys.exit(128 + stopped.args[0])
+    except Stopped as stopped:
+        number, message = stopped.args
+        tqdm.write(message, file=sys.stderr)
+        sys.exit(128 + number)
 
 
 if __name__ == "__main__":

@@ -1,27 +1,40 @@
-"""QDagger on Atari in JAX: a student Impala-CNN takes over from a DQN teacher and plays on by itself.
+"""QDagger on Atari in JAX: a student Impala-CNN takes over from a DQN teacher and plays on.
 
-    python qdagger_dqn_atari_jax_impalacnn.py --env-id BreakoutNoFrameskip-v4               # teach, then play on
-    python qdagger_dqn_atari_jax_impalacnn.py --teacher none --network nature --save-model  # train a teacher
-    python qdagger_dqn_atari_jax_impalacnn.py --evaluate runs/RUN/MODEL.cleanrl_model       # play a saved model
+    # teach, then play on
+    python qdagger_dqn_atari_jax_impalacnn.py --env-id BreakoutNoFrameskip-v4
+    # train a teacher
+    python qdagger_dqn_atari_jax_impalacnn.py --teacher none --network nature --save-model
+    # play a saved model
+    python qdagger_dqn_atari_jax_impalacnn.py --evaluate runs/RUN/MODEL.cleanrl_model
 
-Reincarnating Reinforcement Learning (Agarwal et al., 2022, arXiv 2206.01626). A step is four emulator frames.
+Reincarnating Reinforcement Learning (Agarwal et al., 2022, arXiv 2206.01626).
+A step is four emulator frames.
 
-1. Teacher buffer: the teacher plays, ever less at random; its transitions are stored with its Q-values.
+1. Teacher buffer: the teacher plays, ever less at random; its transitions are stored with its
+   Q-values.
 2. Offline: the student learns from that buffer alone, with λ = 1.
 3. Online: the student learns from its own play; λ falls as its return nears the teacher's.
 
-The loss is the same in phases 2 and 3; its terms are means over a batch, and a reward r is 1, 0 or -1:
+The loss is the same in phases 2 and 3; its terms are means over a batch, and a reward r is 1, 0
+or -1:
 
     y            = r₁ + γ r₂ + … + γⁿ⁻¹ rₙ + γⁿ (1 − terminated) max_a Q_target(sₙ, a)
     td_loss      = (Q(s, a) − y)²
     distill_loss = KL(π_teacher(·|s) ‖ π(·|s))    with π = softmax(Q / temperature)
     loss         = td_loss + distill_coef · λ · distill_loss
-    λ            = 1[t < distill_steps] · clip(1 − G_student / G_teacher, 0, 1)    t: online step, G: mean raw scores
+    λ            = 1[t < distill_steps] · clip(1 − G_student / G_teacher, 0, 1)
 
-G_student is the mean of the last ten whole games: at first those of the evaluation that ends phase 2, which the games
-of phase 3 push out one by one. While there are fewer than ten, λ is 1.
+t counts online steps, and G is a mean of raw scores of whole games. G_student is that of the last
+ten: at first those of the evaluation that ends phase 2, which the games of phase 3 push out one by
+one. While there are fewer than ten, λ is 1.
 
-Random numbers follow from the seed and the number of the step. The sibling in PyTorch: qdagger_dqn_atari_impalacnn.py.
+What JAX does otherwise than PyTorch, whose program is qdagger_dqn_atari_impalacnn.py:
+
+- A network is a description without weights; they are a tree of arrays, here `params`.
+- No array is changed: a function returns new ones. What is donated to a function is given up by the
+  caller, so that the new array can take its memory: so the replay is written in place.
+- There is no generator with a state: random numbers follow from a key. Each step folds its number
+  into the key of the run, so that a resumed run draws what it would have drawn.
 """
 
 import hashlib
@@ -37,14 +50,16 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # or JAX takes at once all that it may, 75% of a GPU
-os.environ.setdefault("XLA_FLAGS", "--xla_cpu_experimental_ynn_fusion_type=-individual_convolution")  # 1.4x on a CPU
+# Else JAX takes at once all that it may, 75% of a GPU. Read when jax is imported, as the next.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+# Makes convolutions on a CPU 1.4 times as fast.
+os.environ.setdefault("XLA_FLAGS", "--xla_cpu_experimental_ynn_fusion_type=-individual_convolution")
 
 import ale_py
 import cv2
@@ -53,7 +68,16 @@ import numpy as np
 import torch  # reads PyTorch's models, and writes for TensorBoard
 import tyro
 from ale_py.vector_env import AtariVectorEnv
-from huggingface_hub import EvalResult, HfApi, ModelCardData, errors, get_hf_file_metadata, hf_hub_download, hf_hub_url
+from huggingface_hub import (
+    EvalResult,
+    HfApi,
+    ModelCardData,
+    errors,
+    get_hf_file_metadata,
+    hf_hub_download,
+    hf_hub_url,
+)
+from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -68,7 +92,6 @@ except ImportError as missing:
     sys.exit(2)
 
 ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)
-load = partial(torch.load, map_location="cpu", weights_only=True)  # tensors and plain values, never code
 
 
 @dataclass
@@ -77,75 +100,120 @@ class Args:
     exp_name: str = Path(__file__).stem  # name of the experiment, part of the run's name
     seed: int = 1  # seeds networks, exploration, sampling and games
     cuda: bool = True  # train on the GPU if there is one
-    track: bool = False  # follow the run on Weights & Biases as well (extra `track`)
-    wandb_project_name: str = "cleanRL"  # its project there
-    wandb_entity: str | None = None  # its user or team there
+    track: bool = False  # log the run to Weights & Biases as well (extra `track`)
+    wandb_project_name: str = "cleanRL"  # project at Weights & Biases
+    wandb_entity: str | None = None  # user or team at Weights & Biases
     capture_video: bool = False  # film a game of each evaluation to runs/RUN/videos (extra `video`)
-    save_model: bool = False  # write the network to runs/RUN/ at each evaluation and checkpoint
-    upload_model: bool = False  # upload the saved model to the Hugging Face hub at the end
-    hf_entity: str = ""  # user or organisation there; empty: the one logged in
+    save_model: bool = False  # write the network to runs/RUN at each evaluation and checkpoint
+    upload_model: bool = False  # publish the run on the Hugging Face hub at the end
+    hf_entity: str = ""  # user or organisation on the hub; empty: whoever is logged in
 
     # environment
-    env_id: str = "BreakoutNoFrameskip-v4"  # one of ale-py's games, as GAMENoFrameskip-v4 or ALE/GAME-v5
-    num_envs: int = 4  # games side by side, the teacher's eight times as many; updates per step do not depend on it
-    repeat_action_probability: float | None = None  # sticky actions; unset: as env_id says, 0 or, for ALE/GAME-v5, 0.25
+    env_id: str = "BreakoutNoFrameskip-v4"  # a game of ale-py's, GAMENoFrameskip-v4 or ALE/GAME-v5
+    num_envs: int = 4  # games the student plays side by side; updates per step do not depend on it
+    repeat_action_probability: float | None = None  # sticky actions; unset: 0, in ALE/GAME-v5 0.25
 
     # DQN
-    network: Literal["impala", "nature"] = "impala"  # the network that learns
+    network: Literal["impala", "nature"] = "impala"  # architecture of the network that learns
     total_timesteps: int = 10_000_000  # environment steps of the online phase
-    learning_rate: float = 1e-4  # of Adam; with --final-learning-rate, the one at lambda = 1
-    final_learning_rate: float | None = None  # the one at lambda = 0, linear between; unset, or no teacher: constant
-    adam_eps: float = 1e-8  # of Adam
+    learning_rate: float = 1e-4  # Adam's step size; with --final-learning-rate, that at lambda = 1
+    final_learning_rate: float | None = None  # that at lambda = 0, linear between; unset: constant
+    adam_eps: float = 1e-8  # Adam's epsilon
     buffer_size: int = 1_000_000  # environment steps in the student's replay; 7.06 GB per million
     gamma: float = 0.99  # discount per step
     tau: float = 1.0  # share of the learning network in a target update; 1 copies it
-    target_network_frequency: int = 1000  # gradient steps (offline) or environment steps (online) per target update
+    target_network_frequency: int = 1000  # online steps, or offline updates, per target update
     batch_size: int = 32  # transitions per gradient step
     n_step: int = 3  # rewards summed before the target network's value
     huber: bool = False  # Huber instead of squared TD error
-    start_e: float = 1.0  # exploration at first, the teacher's during --teacher-steps as well
+    start_e: float = 1.0  # exploration at first, the student's and the teacher's
     end_e: float = 0.01  # exploration in the end, and in every evaluation
-    exploration_fraction: float = 0.10  # it falls over this share of total_timesteps, from the first offline step on
+    exploration_fraction: float = 0.10  # share of total_timesteps over which exploration falls
     learning_starts: int = 80_000  # online steps before the first online gradient step
     train_frequency: int = 4  # online steps per gradient step
 
     # QDagger
     teacher_steps: int = 500_000  # environment steps of the teacher's buffer
     offline_steps: int = 500_000  # gradient steps on the teacher's buffer; 0: no such buffer either
-    temperature: float = 0.1  # of both policies in the distillation loss
+    temperature: float = 0.1  # of both policies in the distillation loss, softmax(Q / temperature)
     distill_coef: float = 3.0  # weight of the distillation loss, times lambda
     distill_steps: int | None = None  # online steps after which lambda is 0; unset: never cut off
     distill_latch: bool = False  # once lambda was 0, keep it there
-    return_baseline: Literal["zero", "random"] = "zero"  # lambda compares returns above this baseline
-    teacher: str = "auto"  # auto (hub, else bundled), none (plain DQN from scratch), or a path: model or SB3 zip
-    teacher_policy_hf_repo: str | None = None  # for auto; unset: cleanrl/{env_id}-{teacher_model_exp_name}-seed1
-    teacher_model_exp_name: str = "dqn_atari_jax"  # its file there, .cleanrl_model; an SB3 repository has its own zip
+    return_baseline: Literal["zero", "random"] = "zero"  # lambda compares returns above this
+    teacher: str = "auto"  # auto (hub, else bundled), none (DQN from scratch), or a model's PATH
+    teacher_policy_hf_repo: str | None = None  # unset: cleanrl/{env_id}-{its exp_name}-seed1
+    teacher_model_exp_name: str = "dqn_atari_jax"  # the teacher's file there, without its ending
     teacher_eval_episodes: int = 10  # games that measure the teacher
-    teacher_buffer: str | None = None  # read the teacher's buffer, any seed's, from this file, else write it there
+    teacher_buffer: str | None = None  # file to read the teacher's buffer from, or to write it to
 
     # speed
-    amp: bool = False  # all layers but the last in bfloat16
+    amp: bool = False  # all layers but the last in bfloat16; slower on a CPU
 
     # checkpoints and evaluation
-    checkpoint_frequency: int | None = None  # steps between them; unset: 10 minutes; 0: only at evaluations and ends
-    resume: str | None = None  # go on with this run, runs/RUN, from its last checkpoint, with its flags
-    eval_frequency: int = 500_000  # online steps between evaluations, 0: at the end only; offline always 100,000
-    eval_episodes: int = 10  # games in each of them
-    evaluate: str | None = None  # only play this saved model for eval_episodes games and print the scores
+    checkpoint_frequency: int | None = None  # steps between; unset: 10 minutes; 0: at evaluations
+    resume: str | None = None  # go on with this run, runs/RUN, from its last checkpoint
+    eval_frequency: int = 500_000  # online steps between evaluations; 0: at the end only
+    eval_episodes: int = 10  # games per evaluation
+    evaluate: str | None = None  # only play this saved model for eval_episodes games, print scores
+
+
+# Flags that must be above 0, and those that are shares of 1.
+POSITIVE = {
+    "num_envs",
+    "buffer_size",
+    "batch_size",
+    "n_step",
+    "train_frequency",
+    "target_network_frequency",
+    "learning_rate",
+    "adam_eps",
+    "temperature",
+    "teacher_eval_episodes",
+    "eval_episodes",
+}
+SHARES = {"gamma", "tau", "start_e", "end_e", "exploration_fraction", "repeat_action_probability"}
+
+# Flags that may be changed when a run is resumed; all others would change its result.
+MAY_CHANGE = {
+    "resume",
+    "total_timesteps",
+    "checkpoint_frequency",
+    "eval_frequency",
+    "eval_episodes",
+    "evaluate",
+    "teacher_buffer",
+    "track",
+    "wandb_project_name",
+    "wandb_entity",
+    "capture_video",
+    "save_model",
+    "upload_model",
+    "hf_entity",
+}
 
 
 class UserError(Exception):
     """What the user can put right: `main` shows its one line and exits with code 2."""
 
 
+class Stopped(Exception):
+    """A signal has come. Arguments: its number, and what to tell the user."""
+
+
 @contextmanager
-def user_error(problem: str):
-    """Turn whatever goes wrong inside into a UserError that says `problem` and, in brackets, why."""
+def user_error(problem: str) -> Iterator[None]:
+    """Whatever goes wrong inside becomes a UserError: `problem` and, in brackets, why.
+
+    For what comes from outside alone, such as files: an error of the program's own stays one.
+    """
     try:
         yield
+    except UserError:
+        raise
     except Exception as error:
-        why = re.split(r"\n|\. ", str(error).strip() or type(error).__name__)[0][:200]  # its first sentence
-        raise error if isinstance(error, UserError) else UserError(f"{problem} ({why})") from None
+        message = str(error).strip() or type(error).__name__
+        first_sentence = re.split(r"\n|\. ", message)[0]
+        raise UserError(f"{problem} ({first_sentence[:200]})") from None
 
 
 # --- The method ---
@@ -155,120 +223,183 @@ class Batch(NamedTuple):
     obs: jax.Array  # uint8 (batch, 4, 84, 84)
     actions: jax.Array  # int32 (batch,)
     returns: jax.Array  # float32 (batch,): discounted sum of up to n rewards
-    discounts: jax.Array  # float32 (batch,): gamma^k for the k rewards in returns; 0 if the last of them terminated
+    discounts: jax.Array  # float32 (batch,): gamma^k after k rewards; 0 if the last terminated
     next_obs: jax.Array  # uint8 (batch, 4, 84, 84)
     teacher_q_values: jax.Array  # float32 (batch, num_actions) at obs
 
 
-def qdagger_loss(q_values, next_q_values, batch: Batch, distill_weight, temperature: float, huber: bool = False):
-    """Scalars (loss, td_loss, distill_loss), means over the batch; distill_weight is distill_coef * lambda.
+def qdagger_loss(
+    q_values: jax.Array,
+    next_q_values: jax.Array,
+    batch: Batch,
+    distill_weight: float | jax.Array,
+    temperature: float,
+    huber: bool = False,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Scalars (loss, td_loss, distill_loss), means over the batch.
 
-    Q-values are float32 (batch, num_actions), the student's at batch.obs and the target network's at batch.next_obs.
+    Q-values are float32 (batch, num_actions), the student's at batch.obs and the target network's
+    at batch.next_obs; distill_weight is distill_coef * lambda.
     """
     td_target = batch.returns + batch.discounts * next_q_values.max(axis=1)
     q_taken = jnp.take_along_axis(q_values, batch.actions[:, None], axis=1).squeeze(1)
-    td_loss = (optax.huber_loss if huber else optax.squared_error)(q_taken, td_target).mean()
-    student, teacher = (jax.nn.log_softmax(each / temperature) for each in (q_values, batch.teacher_q_values))
+    if huber:
+        td_loss = optax.huber_loss(q_taken, td_target).mean()
+    else:
+        td_loss = optax.squared_error(q_taken, td_target).mean()
+    student = jax.nn.log_softmax(q_values / temperature)
+    teacher = jax.nn.log_softmax(batch.teacher_q_values / temperature)
     distill_loss = optax.losses.kl_divergence_with_log_targets(student, teacher).mean()
     return td_loss + distill_weight * distill_loss, td_loss, distill_loss
 
 
-def distill_coefficient(returns, teacher_return, baseline_return=0.0) -> float:
-    """lambda = clip(1 - G_student / G_teacher, 0, 1) with mean game scores G above the baseline (section 4.1)."""
-    if len(returns) < 10:  # as many as are kept: fewer games are too few to tell
+GAMES_FOR_LAMBDA = 10  # whose mean is the student's return; fewer are too few to tell
+
+
+def distill_coefficient(
+    returns: list[float], teacher_return: float, baseline_return: float = 0.0
+) -> float:
+    """lambda = clip(1 - G_student / G_teacher, 0, 1), G being mean scores above the baseline.
+
+    Source: section 4.1 of the paper.
+    """
+    if len(returns) < GAMES_FOR_LAMBDA:
         return 1.0
-    return float(np.clip(1 - (np.mean(returns) - baseline_return) / (teacher_return - baseline_return), 0, 1))
+    student = np.mean(returns) - baseline_return
+    teacher = teacher_return - baseline_return
+    return float(np.clip(1 - student / teacher, 0, 1))
 
 
 def linear_schedule(start: float, end: float, duration: float, step: int) -> float:
     """From `start` at step 0 to `end` at step `duration`, and `end` from there on."""
-    return end if step >= duration else start + (end - start) * step / duration
-
-
-PURPOSES = ("teacher buffer", "online", "evaluation", "baseline")  # of random numbers; each has its own
-
-
-def seeds_for(purpose: str, seed: int, count: int, step: int = 0) -> np.ndarray:
-    """`count` seeds below 2^31, int64 (count,), unlike those of any other purpose, run or step of a resumed phase."""
-    entropy = np.random.SeedSequence([seed, PURPOSES.index(purpose), step])
-    return entropy.generate_state(count).astype(np.int64) % 2**31
+    if step >= duration:
+        return end
+    return start + (end - start) * step / duration
 
 
 def due(begin: int, end: int, every: int) -> bool:
-    """Whether a multiple of `every` lies in (begin, end]: periodic work under any stride; never if 0."""
+    """Whether a multiple of `every` lies in (begin, end]: periodic work under any stride.
+
+    Never if `every` is 0.
+    """
     return every > 0 and end // every > begin // every
 
 
 @partial(jax.jit, static_argnums=0)
-def act(network: nn.Module, params: dict, key: jax.Array, step: int, obs: jax.Array, epsilon: float):
-    """epsilon-greedy actions int32 (batch,), random by `key` and `step` alone, and Q-values (batch, num_actions)."""
-    q_values, draws = network.apply(params, obs), jax.random.uniform(jax.random.fold_in(key, step), (2, len(obs)))
-    random_actions = (draws[0] * q_values.shape[1]).astype(int)
-    return jnp.where(draws[1] < epsilon, random_actions, q_values.argmax(1)), q_values
+def act(
+    network: nn.Module,
+    params: dict,
+    key: jax.Array,
+    step: int,
+    obs: jax.Array,
+    epsilon: float,
+) -> tuple[jax.Array, jax.Array]:
+    """epsilon-greedy actions int32 (batch,), and Q-values float32 (batch, num_actions).
+
+    Observations are uint8 (batch, 4, 84, 84). Random by `key` and `step` alone.
+    """
+    q_values = network.apply(params, obs)
+    num_actions = q_values.shape[1]
+    draws = jax.random.uniform(jax.random.fold_in(key, step), (2, len(obs)))
+    random_actions = (draws[0] * num_actions).astype(int)
+    explores = draws[1] < epsilon
+    return jnp.where(explores, random_actions, q_values.argmax(1)), q_values
 
 
-# --- Networks: Flax names their parameters by class and order, as in the files on the hub ---
+# --- Networks: Flax names parameters by class and order, here as in the files on the hub ---
 
-STACK, SIDE = 4, 84  # frames in an observation, and their height and width
-INIT = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # of kernels, as PyTorch's; biases begin at 0
-Conv, Dense = partial(nn.Conv, kernel_init=INIT), partial(nn.Dense, kernel_init=INIT)  # float32 unless told a dtype
+STACK = 4  # frames in an observation
+SIDE = 84  # their height and width
+
+# Kernels begin as PyTorch's do, biases at 0. All is float32 unless a dtype is given.
+INIT = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+Conv = partial(nn.Conv, kernel_init=INIT)
+Dense = partial(nn.Dense, kernel_init=INIT)
 
 
 def max_pool(x: jax.Array) -> jax.Array:
-    """3 x 3, stride 2, padding 1, by pairs of rows, then of columns: reduce_window's gradient is slow on a CPU."""
+    """3 x 3, stride 2, padding 1, as PyTorch pools, first over rows, then over columns.
+
+    By slices, since the gradient of Flax's own, reduce_window, is slow on a CPU.
+    """
     for _ in range(2):
-        x = jnp.pad(x, ((0, 0), (2, x.shape[1] % 2), (0, 0), (0, 0)), constant_values=-jnp.inf)
-        first, second = jnp.unstack(x.reshape(len(x), -1, 2, *x.shape[2:]), axis=2)  # pair i: rows 2i - 2, 2i - 1
-        x = jnp.maximum(jnp.maximum(first, second)[:, 1:], second[:, :-1]).swapaxes(1, 2)  # rows 2i, 2i + 1; and 2i - 1
+        rows = x.shape[1]
+        padding = ((0, 0), (2, rows % 2), (0, 0), (0, 0))
+        x = jnp.pad(x, padding, constant_values=-jnp.inf)
+        pairs = x.reshape(len(x), -1, 2, *x.shape[2:])  # pair i: rows 2i - 2 and 2i - 1
+        first, second = jnp.unstack(pairs, axis=2)
+        # The window around row 2i: pair i + 1, rows 2i and 2i + 1, and row 2i - 1 of pair i.
+        x = jnp.maximum(jnp.maximum(first, second)[:, 1:], second[:, :-1])
+        x = x.swapaxes(1, 2)
     return x
 
 
 class ResidualBlock(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        inner = Conv(x.shape[-1], (3, 3), dtype=x.dtype)(nn.relu(x))
-        return x + Conv(x.shape[-1], (3, 3), dtype=x.dtype)(nn.relu(inner))
+        channels = x.shape[-1]
+        inner = Conv(channels, (3, 3), dtype=x.dtype)(nn.relu(x))
+        return x + Conv(channels, (3, 3), dtype=x.dtype)(nn.relu(inner))
 
 
 class ConvSequence(nn.Module):
-    """Halves the image: (batch, h, w, in_channels) to (batch, ceil(h / 2), ceil(w / 2), channels)."""
+    """Halves the image: (batch, h, w, in) to (batch, ceil(h / 2), ceil(w / 2), channels)."""
 
     channels: int
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        convolution = Conv(self.channels, (3, 3), dtype=x.dtype)
-        return nn.Sequential([convolution, max_pool, ResidualBlock(), ResidualBlock()])(x)
+        x = Conv(self.channels, (3, 3), dtype=x.dtype)(x)
+        x = max_pool(x)
+        x = ResidualBlock()(x)
+        return ResidualBlock()(x)
 
 
-def impala(x: jax.Array) -> jax.Array:
-    """Impala-CNN (Espeholt et al., 2018), the student by default: (batch, 84, 84, 4) to (batch, 11, 11, 32)."""
-    return nn.Sequential([*map(ConvSequence, (16, 32, 32)), nn.relu])(x)
+def normalized(obs: jax.Array, dtype: type) -> jax.Array:
+    """uint8 (batch, 4, 84, 84) to pixels from 0 to 1, channels last: (batch, 84, 84, 4)."""
+    return obs.transpose(0, 2, 3, 1).astype(dtype) / 255
 
 
-def nature(x: jax.Array) -> jax.Array:
-    """The Nature CNN (Mnih et al., 2015), which most teachers are: (batch, 84, 84, 4) to (batch, 7, 7, 64)."""
-    for channels, size, stride in ((32, 8, 4), (64, 4, 2), (64, 3, 1)):
-        x = nn.relu(Conv(channels, (size, size), stride, padding="VALID", dtype=x.dtype)(x))
-    return x
+class ImpalaCNN(nn.Module):
+    """Impala-CNN (Espeholt et al., 2018), the student by default.
 
+    Q-values float32 (batch, num_actions) from observations uint8 (batch, 4, 84, 84).
+    """
 
-class AtariNetwork(nn.Module):
-    """Q-values float32 (batch, num_actions) from observations uint8 (batch, 4, 84, 84)."""
-
-    features: Callable
-    hidden: int
     num_actions: int
-    dtype: type = jnp.float32  # of all layers but the last: bfloat16 is too coarse to tell one action from another
+    # Of all layers but the last, where bfloat16 is too coarse to tell actions apart.
+    dtype: type = jnp.float32
 
     @nn.compact
     def __call__(self, obs: jax.Array) -> jax.Array:
-        features = self.features(obs.transpose(0, 2, 3, 1).astype(self.dtype) / 255).reshape(len(obs), -1)
-        hidden = nn.relu(Dense(self.hidden, dtype=self.dtype)(features))
-        return Dense(self.num_actions)(hidden.astype(jnp.float32))
+        x = normalized(obs, self.dtype)
+        x = ConvSequence(16)(x)  # 84 to 42 pixels a side
+        x = ConvSequence(32)(x)  # to 21
+        x = ConvSequence(32)(x)  # to 11
+        x = nn.relu(x).reshape(len(x), -1)
+        x = nn.relu(Dense(256, dtype=self.dtype)(x))
+        return Dense(self.num_actions)(x.astype(jnp.float32))
 
 
-NETWORKS = {"impala": partial(AtariNetwork, impala, 256), "nature": partial(AtariNetwork, nature, 512)}
+class NatureCNN(nn.Module):
+    """The Nature CNN (Mnih et al., 2015), which most teachers are; in and out as ImpalaCNN."""
+
+    num_actions: int
+    dtype: type = jnp.float32
+
+    @nn.compact
+    def __call__(self, obs: jax.Array) -> jax.Array:
+        conv = partial(Conv, padding="VALID", dtype=self.dtype)
+        x = normalized(obs, self.dtype)
+        x = nn.relu(conv(32, (8, 8), 4)(x))  # 84 to 20 pixels a side
+        x = nn.relu(conv(64, (4, 4), 2)(x))  # to 9
+        x = nn.relu(conv(64, (3, 3), 1)(x))  # to 7
+        x = x.reshape(len(x), -1)
+        x = nn.relu(Dense(512, dtype=self.dtype)(x))
+        return Dense(self.num_actions)(x.astype(jnp.float32))
+
+
+NETWORKS = {"impala": ImpalaCNN, "nature": NatureCNN}
 
 
 # --- Replay and games ---
@@ -276,523 +407,1020 @@ NETWORKS = {"impala": partial(AtariNetwork, impala, 256), "nature": partial(Atar
 
 @struct.dataclass
 class FrameReplay:
-    """Uniform replay that stores each frame once, 7,056 bytes, and rebuilds stacks of four when it is sampled.
+    """Uniform replay of single frames: stacks of four are rebuilt when it is sampled.
 
-    Step t of environment i, number t * num_envs + i, holds its observation's newest frame and what was done there; the
-    next observation is that of step t + 1. A stack never reaches into an older episode but repeats its own first frame.
-    Draws pass over truncated steps, whose next observation is not stored; a return that meets one stops before it and
-    bootstraps from the observation there. Steps that AtariGames forces, or last before a resume, count as truncated.
+    So a million steps take 7 GB instead of 28, fit on the device that learns, and are drawn from
+    there inside one XLA program; the price is a few operations on indices per draw.
+
+    Step t of environment i, number t * num_envs + i, holds its observation's newest frame and what
+    was done there; the next observation is that of step t + 1. A stack never reaches into an older
+    episode but repeats its own first frame.
+
+    A step with `no_successor` is never drawn: what followed is not stored. That is so where a time
+    limit ends a game, where AtariGames forces an action, and at the last step before a resume. A
+    return that meets such a step stops before it and bootstraps from the observation there.
     """
 
-    frames: jax.Array  # uint8 (size, 7056); all arrays are on the device
+    frames: jax.Array  # uint8 (size, 7056): indices stay below 2^31 where bytes would not
     actions: jax.Array  # int32 (size,)
-    rewards: jax.Array  # float32
-    terminations: jax.Array  # bool
-    truncations: jax.Array  # bool
+    rewards: jax.Array  # float32 (size,)
+    terminations: jax.Array  # bool (size,)
+    no_successor: jax.Array  # bool (size,)
     teacher_q_values: jax.Array  # float32 (size, num_actions)
-    written: jax.Array  # int32: steps of each environment since the beginning, overwritten ones included
+    written: jax.Array  # int32: steps of each environment so far
     num_envs: int = struct.field(pytree_node=False)
 
-    FIELDS = ("actions", "rewards", "terminations", "truncations", "teacher_q_values")  # beside frames, in add's order
-    BLOCK = 4096  # frames that are compressed together
-
     @classmethod
-    def create(cls, capacity: int, num_envs: int, num_actions: int, state: dict | None = None) -> "FrameReplay":
-        """Room for `capacity` environment steps, of all environments together; and what is in `state`, a state_dict."""
+    def create(cls, capacity: int, num_envs: int, num_actions: int) -> "FrameReplay":
+        """Room for `capacity` environment steps, of all environments together."""
         size = math.ceil(capacity / num_envs) * num_envs
-        with user_error("--buffer-size, --teacher-steps: too large for the memory, or not those of the checkpoint"):
-            frames, actions = jnp.zeros((size, SIDE * SIDE), jnp.uint8), jnp.zeros(size, jnp.int32)
-            ends, teacher_q_values = (jnp.zeros(size, bool), jnp.ones(size, bool)), jnp.zeros((size, num_actions))
-            replay = cls(frames, actions, jnp.zeros(size), *ends, teacher_q_values, jnp.int32(0), num_envs)
-            return jax.block_until_ready(replay.load_state_dict(state) if state else replay)
+        with user_error("--buffer-size, --teacher-steps: too large for the memory"):
+            frames = jax.block_until_ready(jnp.zeros((size, SIDE * SIDE), jnp.uint8))
+        return cls(
+            frames=frames,
+            actions=jnp.zeros(size, jnp.int32),
+            rewards=jnp.zeros(size),
+            terminations=jnp.zeros(size, bool),
+            no_successor=jnp.ones(size, bool),
+            teacher_q_values=jnp.zeros((size, num_actions)),
+            written=jnp.int32(0),
+            num_envs=num_envs,
+        )
 
     @partial(jax.jit, donate_argnums=0)
-    def add(self, obs, *fields) -> "FrameReplay":
-        """This one, donated, plus a step: obs uint8 (num_envs, 4, 84, 84), FIELDS; the last only while distilling."""
+    def add(
+        self, obs: jax.Array, step: "GameStep", teacher_q_values: jax.Array | None = None
+    ) -> "FrameReplay":
+        """This one, which is given up, with a step of each game, and what was seen before it.
+
+        Observations are uint8 (num_envs, 4, 84, 84), Q-values there (num_envs, num_actions).
+        """
         here = self.written * self.num_envs % len(self.rewards)
-        put = partial(jax.lax.dynamic_update_slice_in_dim, start_index=here, axis=0)
-        row = zip(("frames", *self.FIELDS), (obs[:, -1].reshape(self.num_envs, -1), *fields))
-        return self.replace(written=self.written + 1, **{name: put(getattr(self, name), new) for name, new in row})
+
+        def put(stored: jax.Array, values: jax.Array) -> jax.Array:
+            return jax.lax.dynamic_update_slice_in_dim(stored, values, here, axis=0)
+
+        q_values = self.teacher_q_values
+        if teacher_q_values is not None:
+            q_values = put(q_values, teacher_q_values)
+        return self.replace(
+            frames=put(self.frames, obs[:, -1].reshape(self.num_envs, -1)),
+            actions=put(self.actions, step.actions),
+            rewards=put(self.rewards, step.rewards),
+            terminations=put(self.terminations, step.terminations),
+            no_successor=put(self.no_successor, step.no_successor),
+            teacher_q_values=q_values,
+            written=self.written + 1,
+        )
 
     def sample(self, batch_size: int, n_step: int, gamma: float, key: jax.Array) -> Batch:
-        """Draw transitions uniformly, but for the newest n_step of each environment, whose future is still to come."""
-        size, num_envs, ahead = len(self.rewards), self.num_envs, jnp.arange(n_step)
-        oldest = jnp.maximum((self.written + STACK - 1) * num_envs - size, 0)  # the first whose stack is whole
-        numbers = jax.random.randint(key, (4 * batch_size,), oldest, (self.written - n_step) * num_envs)
-        numbers = numbers[self.truncations[numbers % size].argsort()[:batch_size]]  # the first that are not truncated
+        """Draw transitions uniformly, but for the newest n_step rows, whose future is to come."""
+        numbers = self.draw(batch_size, n_step, key)
+        return self.transitions(numbers, n_step, gamma)
 
-        window = (numbers[:, None] + ahead * num_envs) % size  # (batch, n_step)
-        terminations, truncations = self.terminations[window], self.truncations[window]
-        counted = (terminations.cumsum(1) - terminations + truncations.cumsum(1)) == 0  # the terminating step as well
-        here, steps = window[:, 0], counted.sum(1)
-        returns = (self.rewards[window] * counted * gamma**ahead).sum(1)
-        discounts = gamma**steps * ~(terminations & counted).any(1)
-        obs, next_obs = self.stacks(numbers), self.stacks(numbers + steps * num_envs)
-        return Batch(obs, self.actions[here], returns, discounts, next_obs, self.teacher_q_values[here])
+    def draw(self, batch_size: int, n_step: int, key: jax.Array) -> jax.Array:
+        """Numbers of steps that have a successor, int32 (batch_size,)."""
+        size = len(self.rewards)
+        # The oldest whose stack of frames is whole, and the first whose return is not.
+        begin = jnp.maximum((self.written + STACK - 1) * self.num_envs - size, 0)
+        end = (self.written - n_step) * self.num_envs
+        # More than are needed, to pass over those without a successor and take the first others.
+        count = max(4 * batch_size, 128)
+        candidates = jax.random.randint(key, (count,), begin, end)
+        passed_over = self.no_successor[candidates % size]
+        order = passed_over.argsort()
+        # If there are fewer than a batch, they are repeated. Not one in 128 draws is not met: of
+        # each life at most three steps are forced.
+        valid = jnp.maximum(count - passed_over.sum(), 1)
+        rank = jnp.arange(batch_size) % valid
+        return candidates[order[rank]]
+
+    def transitions(self, numbers: jax.Array, n_step: int, gamma: float) -> Batch:
+        """What begins at these steps, int32 (batch,)."""
+        ahead = jnp.arange(n_step)
+        window = (numbers[:, None] + ahead * self.num_envs) % len(self.rewards)  # (batch, n_step)
+        terminated = self.terminations[window]
+        cut_off = self.no_successor[window]
+        terminated_earlier = terminated.cumsum(1) - terminated
+        counted = (terminated_earlier + cut_off.cumsum(1)) == 0  # the terminating step as well
+        bootstraps = ~(terminated & counted).any(1)
+        num_rewards = counted.sum(1)
+        here = window[:, 0]
+        return Batch(
+            obs=self.stacks(numbers),
+            actions=self.actions[here],
+            returns=(self.rewards[window] * counted * gamma**ahead).sum(1),
+            discounts=gamma**num_rewards * bootstraps,
+            next_obs=self.stacks(numbers + num_rewards * self.num_envs),
+            teacher_q_values=self.teacher_q_values[here],
+        )
 
     def stacks(self, numbers: jax.Array) -> jax.Array:
-        """Observations uint8 (batch, 4, 84, 84) at these steps. What was never written counts as truncated."""
-        size, back = len(self.rewards), jnp.arange(STACK)
-        before = (numbers[:, None] - back[1:] * self.num_envs) % size  # the three steps before, the nearest first
-        age = ((self.terminations[before] | self.truncations[before]).cumsum(1) == 0).sum(1)  # how many of its episode
-        numbers = numbers[:, None] - jnp.minimum(back[::-1], age[:, None]) * self.num_envs
-        return self.frames[numbers % size].reshape(-1, STACK, SIDE, SIDE)
+        """Observations uint8 (batch, 4, 84, 84) at these steps, int32 (batch,)."""
+        size = len(self.rewards)
+        back = jnp.arange(STACK)
+        # The three steps before, the nearest first. What was never written has no successor.
+        before = (numbers[:, None] - back[1:] * self.num_envs) % size
+        episode_ends = self.terminations[before] | self.no_successor[before]
+        age = (episode_ends.cumsum(1) == 0).sum(1)  # how many of them are of the same episode
+        oldest_first = jnp.minimum(back[::-1], age[:, None])
+        numbers = (numbers[:, None] - oldest_first * self.num_envs) % size
+        return self.frames[numbers].reshape(-1, STACK, SIDE, SIDE)
 
-    def state_dict(self) -> dict:
-        """All that was written, on the host, the frames compressed by several threads."""
-        used = min(int(self.written) * self.num_envs, len(self.rewards))
-        blocks = [slice(begin, min(begin + self.BLOCK, used)) for begin in range(0, used, self.BLOCK)]
-        with ThreadPoolExecutor(8) as pool:  # each has a block on the device
-            packed = pool.map(lambda block: zlib.compress(np.asarray(self.frames[block]), level=1), blocks)
-            frames = [np.frombuffer(block, dtype=np.uint8) for block in packed]
-        fields = {name: np.asarray(getattr(self, name)[:used]) for name in self.FIELDS}
-        return fields | {"written": np.asarray(self.written), "frames": frames}
 
-    def load_state_dict(self, state: dict) -> "FrameReplay":
-        """This one, frames donated, with what is in `state`. Its games are gone: the last step of each is truncated."""
-        frames, used = self.frames, len(state["actions"])
-        put = jax.jit(partial(jax.lax.dynamic_update_slice_in_dim, axis=0), donate_argnums=0)
-        for begin, packed in zip(range(0, used, self.BLOCK), state["frames"], strict=True):
-            frames = put(frames, np.frombuffer(zlib.decompress(packed), np.uint8).reshape(-1, SIDE * SIDE), begin)
-        fields = {name: getattr(self, name).at[:used].set(state[name]) for name in self.FIELDS}
-        newest = state["written"] * self.num_envs - 1 - np.arange(self.num_envs)
-        fields["truncations"] = fields["truncations"].at[newest % len(self.rewards)].set(True)
-        return self.replace(frames=frames, **fields, written=jnp.asarray(state["written"], jnp.int32))
+# Actions that AtariGames forces, by their numbers in the games that have FIRE as the second.
+NOOP = 0
+FIRE = 1
+RIGHT = 2  # in some games another direction
+
+
+class FinishedGame(NamedTuple):
+    env: int
+    score: float  # sum of its raw rewards
+    length: int  # in emulator frames
+
+
+class GameStep(NamedTuple):
+    actions: np.ndarray  # int64 (num_envs,): what was really done
+    rewards: np.ndarray  # float32 (num_envs,): their signs
+    terminations: np.ndarray  # bool (num_envs,): a game is over or a life is lost
+    no_successor: np.ndarray  # bool (num_envs,): cut off by a time limit, or forced
+    finished: list[FinishedGame]
 
 
 class AtariGames:
-    """Atari as the reference wrappers show it (stable_baselines3's AtariWrapper), one for each of `seeds`.
+    """Atari as the reference wrappers show it (stable_baselines3's AtariWrapper), one per seed.
 
-    An image is grey, 84 x 84; an episode's first one fills its whole stack. A lost life ends an episode, not the game,
-    and forces a NOOP; where there is FIRE, FIRE and action 2 follow it, and open every game as well.
-    Such a step is not the agent's: `actions` says what was really done, and it is an episode of its own, truncated.
-    Games play on between `step_async` and `step_wait`, in ALE's threads. All follows from seeds and actions.
+    An image is grey, 84 x 84; an episode's first one fills its whole stack. A lost life ends an
+    episode, not the game, and forces a NOOP; where there is FIRE, FIRE and RIGHT follow it, and
+    open every game as well. Such a step is not the agent's, and is an episode of its own.
+
+    Games play on between `step_async` and `step_wait`, in ALE's threads. All follows from seeds and
+    actions.
     """
 
     def __init__(self, args: Args, seeds: np.ndarray):
-        num_envs, spec, screen = len(seeds), gym.spec(args.env_id).kwargs, ale_py.ALEInterface()
+        num_envs = len(seeds)
+        spec = gym.spec(args.env_id).kwargs
+        sticky = args.repeat_action_probability
+        if sticky is None:
+            sticky = spec["repeat_action_probability"]
+
+        screen = ale_py.ALEInterface()
         screen.loadROM(ale_py.roms.get_rom_path(spec["game"]))
-        options = dict(zip(("img_height", "img_width"), screen.getScreenDims()), grayscale=False, stack_num=1)
-        options |= dict(reward_clipping=False, use_fire_reset=False, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
-        sticky = (spec if args.repeat_action_probability is None else asdict(args))["repeat_action_probability"]
-        self.emulators = AtariVectorEnv(spec["game"], num_envs, **options, repeat_action_probability=sticky)
+        height, width = screen.getScreenDims()
+        self.emulators = AtariVectorEnv(
+            spec["game"],
+            num_envs,
+            repeat_action_probability=sticky,
+            noop_max=30,  # NoopResetEnv
+            frameskip=4,  # MaxAndSkipEnv, with maxpool
+            maxpool=True,
+            episodic_life=False,  # EpisodicLifeEnv: in step_wait
+            use_fire_reset=False,  # FireResetEnv: in step_async
+            reward_clipping=False,  # ClipRewardEnv: in step_wait, since scores are of raw rewards
+            img_height=height,  # WarpFrame: in grey, since ALE's own grey differs from OpenCV's
+            img_width=width,
+            grayscale=False,
+            stack_num=1,  # VecFrameStack: in step_wait
+            autoreset_mode=gym.vector.AutoresetMode.SAME_STEP,
+        )
         self.num_actions = int(self.emulators.single_action_space.n)
-        self.launch = np.array([0, 1, 2] if self.emulators.ale.get_action_set()[1] == ale_py.Action.FIRE else [0])
-        self.launching = np.full(num_envs, len(self.launch) - 1)  # how many actions of `launch` are still to come
-        self.images, info = self.emulators.reset(seed=seeds)  # colour, full size
-        self.lives, self.began, self.returns = info["lives"], np.zeros(num_envs, dtype=int), np.zeros(num_envs)
-        self.obs = self.grey()[:, None].repeat(STACK, axis=1)  # what to act on, uint8 (num_envs, 4, 84, 84)
+
+        # The action that is forced when so many are left to force.
+        launches = self.emulators.ale.get_action_set()[1] == ale_py.Action.FIRE
+        if launches:
+            self.forced_actions = np.array([NOOP, RIGHT, FIRE, NOOP])
+        else:
+            self.forced_actions = np.array([NOOP, NOOP])
+        self.forced_after_life = len(self.forced_actions) - 1
+        self.forced_after_game = self.forced_after_life - 1  # its NOOP is for a lost life alone
+        self.forced_left = np.full(num_envs, self.forced_after_game)
+
+        self.images, info = self.emulators.reset(seed=seeds)  # in colour and full size
+        self.lives = info["lives"]
+        self.first_frames = np.zeros(num_envs, dtype=int)  # numbers of each game's first frame
+        self.scores = np.zeros(num_envs)
+        # What to act on, uint8 (num_envs, 4, 84, 84).
+        self.obs = self.grey()[:, None].repeat(STACK, axis=1)
 
     def grey(self) -> np.ndarray:
-        """uint8 (num_envs, 84, 84): the reference's two calls for one tall picture of all games, which do not mix."""
-        tall = cv2.cvtColor(self.images.reshape(-1, *self.images.shape[-2:]), cv2.COLOR_RGB2GRAY)
-        return cv2.resize(tall, (SIDE, SIDE * len(self.images)), interpolation=cv2.INTER_AREA).reshape(-1, SIDE, SIDE)
+        """uint8 (num_envs, 84, 84), made of one tall picture of all games, which do not mix."""
+        num_envs, _, height, width, channels = self.images.shape
+        tall = self.images.reshape(num_envs * height, width, channels)
+        tall = cv2.cvtColor(tall, cv2.COLOR_RGB2GRAY)
+        tall = cv2.resize(tall, (SIDE, SIDE * num_envs), interpolation=cv2.INTER_AREA)
+        return tall.reshape(num_envs, SIDE, SIDE)
 
     def step_async(self, actions: np.ndarray) -> None:
-        """Begin a step with these actions, integers (num_envs,), but where a game or life is to be launched."""
-        self.forced = self.launching > 0
-        self.actions = np.where(self.forced, self.launch[-self.launching], actions)  # counted from the end of `launch`
-        self.launching -= self.forced
+        """Begin a step with these actions, integers (num_envs,), but where others are forced."""
+        self.forced = self.forced_left > 0
+        self.actions = np.where(self.forced, self.forced_actions[self.forced_left], actions)
+        self.forced_left -= self.forced
         self.emulators.send(self.actions)
 
-    def step_wait(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[tuple[int, float, int]]]:
-        """End it: rewards' signs, terminations, truncations, (num_envs,); of ended games (env, raw return, frames)."""
-        self.images, rewards, over, truncated, info = self.emulators.recv()
-        ended, lives = over | truncated, info["lives"]
+    def step_wait(self) -> GameStep:
+        """End the step that was begun."""
+        self.images, rewards, game_over, truncated, info = self.emulators.recv()
+        ended = game_over | truncated
+        lives = info["lives"]
         life_lost = ~ended & (lives > 0) & (lives < self.lives)
-        self.launching[life_lost], self.launching[ended] = len(self.launch), len(self.launch) - 1
-        began = info["frame_number"] - info["episode_frame_number"]  # the first frame of each game
-        self.returns += rewards
-        finished = [(i, self.returns[i].item(), (began - self.began)[i].item()) for i in np.flatnonzero(ended).tolist()]
-        self.returns[ended], self.began, self.lives = 0, began, lives
-        first = (ended | life_lost | self.forced)[:, None, None, None]
+        self.lives = lives
+        self.forced_left[life_lost] = self.forced_after_life
+        self.forced_left[ended] = self.forced_after_game
+
+        self.scores += rewards
+        first_frames = info["frame_number"] - info["episode_frame_number"]
+        finished = []
+        for env in np.flatnonzero(ended).tolist():
+            length = first_frames[env] - self.first_frames[env]
+            finished.append(FinishedGame(env, self.scores[env].item(), length.item()))
+        self.scores[ended] = 0
+        self.first_frames = first_frames
+
         frames = self.grey()[:, None]
-        self.obs = np.where(first, frames, np.concatenate([self.obs[:, 1:], frames], axis=1))
-        return np.sign(rewards, dtype=np.float32), over | life_lost, truncated | self.forced, finished
+        begins = (ended | life_lost | self.forced)[:, None, None, None]
+        shifted = np.concatenate([self.obs[:, 1:], frames], axis=1)
+        self.obs = np.where(begins, frames, shifted)
+        return GameStep(
+            actions=self.actions,
+            rewards=np.sign(rewards, dtype=np.float32),
+            terminations=game_over | life_lost,
+            no_successor=truncated | self.forced,
+            finished=finished,
+        )
 
 
 def evaluate(
-    policy: Callable, args: Args, episodes: int, video=None, stop=(), epsilon=None, purpose="evaluation"
+    policy: Callable,
+    args: Args,
+    episodes: int,
+    stop: Sequence[int] = (),
+    epsilon: float | None = None,
+    purpose: str = "evaluation",
+    video: Path | None = None,
 ) -> list[float]:
-    """Raw returns of `episodes` whole games by `policy`, `act` of some network, at epsilon, by default end_e.
+    """Raw scores of `episodes` whole games by `policy`, which is `act` of some network.
 
-    Games and random numbers are its own. How many each of up to ten environments plays is fixed beforehand, so that
-    short games are not preferred; and returns come in the order of the environments, first the first game of each, so
-    that the first ten are not the shortest. --capture-video films the first to `video`; a signal in `stop` interrupts.
+    epsilon is end_e by default; the first game goes to `video`. Games and random numbers are its
+    own. How many games each environment plays is fixed beforehand, so that short ones are not
+    preferred; and scores come in the order of the environments, the first game of each first, so
+    that the first ten are not the shortest. A signal in `stop` raises Stopped.
     """
+    if epsilon is None:
+        epsilon = args.end_e
     num_envs = min(episodes, 10)
     seeds = seeds_for(purpose, args.seed, num_envs)
-    games, key = AtariGames(args, seeds), jax.random.PRNGKey(seeds[0])
-    left = [len(range(env, episodes, num_envs)) for env in range(num_envs)]
-    returns: list[list[float]] = [[] for _ in left]
-    actions_of_first, epsilon = [], args.end_e if epsilon is None else epsilon
-    with tqdm(total=episodes, desc="evaluation", unit="game", leave=False) as bar:
-        while any(left):
+    games = AtariGames(args, seeds)
+    key = jax.random.PRNGKey(seeds[0])
+    step = 0
+    rounds = math.ceil(episodes / num_envs)
+    scores = np.full((rounds, num_envs), np.nan)  # first the first game of each
+    played = np.zeros(num_envs, dtype=int)
+
+    film = nullcontext() if video is None else open_film(video, games.images)
+    bar = tqdm(total=episodes, desc="evaluation", unit="game", leave=False)
+    with film, bar:
+        while bar.n < episodes:
             if stop:
-                raise KeyboardInterrupt(stop[0], "stopped")
-            actions = np.asarray(policy(key, len(actions_of_first), games.obs, epsilon)[0])
-            actions_of_first.append(int(actions[0]))
-            games.step_async(actions)
-            for env, game_return, _ in games.step_wait()[-1]:
-                if left[env] > 0:
-                    left[env] -= 1
-                    returns[env].append(game_return)
+                raise Stopped(stop[0], "stopped")
+            if video is not None and played[0] == 0:
+                film.write_frame(games.images[0, 0])
+            actions, _ = policy(key, step, games.obs, epsilon)
+            step += 1
+            games.step_async(np.asarray(actions))
+            for env, score, _ in games.step_wait().finished:
+                nth = played[env]
+                if nth * num_envs + env < episodes:
+                    scores[nth, env] = score
+                    played[env] += 1
                     bar.update()
-    if video and args.capture_video:
-        film(args, seeds[:1], actions_of_first, video)
-    rounds = range(len(returns[0]))  # the first environment plays as many games as any
-    return [of_env[nth] for nth in rounds for of_env in returns if nth < len(of_env)]
+    return scores.flatten()[:episodes].tolist()
 
 
 # --- Training ---
 
 
 class Learner:
-    """The student, its target network and its optimizer, and the one gradient step of both phases."""
+    """The student, its target network, its optimizer, and the gradient step of both phases."""
 
     def __init__(self, args: Args, num_actions: int):
-        self.args, self.network = args, NETWORKS[args.network](num_actions, jnp.bfloat16 if args.amp else jnp.float32)
-        self.key, obs = jax.random.PRNGKey(args.seed), np.zeros((1, STACK, SIDE, SIDE), np.uint8)
-        self.params, self.target_params = (jax.jit(self.network.init)(self.key, obs) for _ in range(2))  # not aliased
+        self.args = args
+        dtype = jnp.bfloat16 if args.amp else jnp.float32
+        self.network = NETWORKS[args.network](num_actions, dtype)
+        self.key = jax.random.PRNGKey(args.seed)
+        obs = np.zeros((1, STACK, SIDE, SIDE), np.uint8)
+        # Twice the same, since arrays that are donated must not be those of another tree.
+        self.params = jax.jit(self.network.init)(self.key, obs)
+        self.target_params = jax.jit(self.network.init)(self.key, obs)
         self.adam = optax.scale_by_adam(eps=args.adam_eps)
         self.opt_state = self.adam.init(self.params)  # its averages, and how many gradient steps
-        self.metrics: dict[str, jax.Array] = {}  # scalars
+        self.distill_weight = 0.0
+        self.learning_rate = args.learning_rate
+        self.metrics: dict[str, jax.Array] = {}  # scalars of the last gradient step
+
+    def set_lambda(self, lambda_: float) -> float:
+        """Weigh the teacher by lambda; the learning rate, which is returned, follows."""
+        self.learning_rate = self.args.learning_rate
+        final = self.args.final_learning_rate
+        if final is not None:
+            self.learning_rate = final + (self.learning_rate - final) * lambda_
+        self.distill_weight = self.args.distill_coef * lambda_
+        return self.learning_rate
 
     @partial(jax.jit, static_argnums=0, donate_argnums=(1, 2))
-    def update(self, params, opt_state, target_params, replay, distill_weight: float, learning_rate: float):
-        """A gradient step, one XLA program, self a constant; returns params, opt_state (both donated), metrics."""
-        args, key = self.args, jax.random.fold_in(self.key, opt_state.count)
+    def update(self, params, opt_state, target_params, replay, distill_weight, learning_rate):
+        """A gradient step as one XLA program: new params, opt_state and metrics.
+
+        The first two are donated. `self` is a constant of the program: nothing in it may change.
+        """
+        args = self.args
+        key = jax.random.fold_in(self.key, opt_state.count)
         batch = replay.sample(args.batch_size, args.n_step, args.gamma, key)
         next_q_values = self.network.apply(target_params, batch.next_obs)
 
         def loss_of(params: dict):
             q_values = self.network.apply(params, batch.obs)
-            loss, td, kl = qdagger_loss(q_values, next_q_values, batch, distill_weight, args.temperature, args.huber)
+            loss, td_loss, distill_loss = qdagger_loss(
+                q_values, next_q_values, batch, distill_weight, args.temperature, args.huber
+            )
             q_taken = jnp.take_along_axis(q_values, batch.actions[:, None], axis=1)
-            return loss, {"loss": loss, "td_loss": td, "distill_loss": kl, "q_values": q_taken.mean()}
+            metrics = {
+                "loss": loss,
+                "td_loss": td_loss,
+                "distill_loss": distill_loss,
+                "q_values": q_taken.mean(),
+            }
+            return loss, metrics
 
         gradient, metrics = jax.grad(loss_of, has_aux=True)(params)
         direction, opt_state = self.adam.update(gradient, opt_state)
-        return optax.tree.add_scale(params, -learning_rate, direction), opt_state, metrics
+        params = optax.tree.add_scale(params, -learning_rate, direction)
+        return params, opt_state, metrics
 
-    def gradient_step(self, replay: FrameReplay, distill_weight: float, learning_rate: float) -> None:
-        state = self.params, self.opt_state, self.target_params
-        self.params, self.opt_state, self.metrics = self.update(*state, replay, distill_weight, learning_rate)
+    def gradient_step(self, replay: FrameReplay):
+        self.params, self.opt_state, self.metrics = self.update(
+            self.params,
+            self.opt_state,
+            self.target_params,
+            replay,
+            self.distill_weight,
+            self.learning_rate,
+        )
 
     def read_metrics(self) -> dict[str, float]:
-        """Those of the last gradient step, fetched from the device; UserError if its loss is not finite."""
+        """Those of the last gradient step; UserError if its loss is not finite.
+
+        This waits for the device, so it is done only where they are logged or saved.
+        """
         values = {name: value.item() for name, value in self.metrics.items()}
-        if not math.isfinite(values.get("loss", 0.0)):
-            raise UserError(f"the loss is {values['loss']}: start anew with a smaller --learning-rate")
+        loss = values.get("loss", 0.0)
+        if not math.isfinite(loss):
+            raise UserError(f"the loss is {loss}: start anew with a smaller --learning-rate")
         return values
 
-    def update_target(self, tau: float) -> None:
-        self.target_params = jax.jit(optax.incremental_update, donate_argnums=1)(self.params, self.target_params, tau)
+    def update_target(self, tau: float):
+        follow = jax.jit(optax.incremental_update, donate_argnums=1)
+        self.target_params = follow(self.params, self.target_params, tau)
 
 
 @dataclass
 class Progress:
     """How far a run has come: each phase is a loop that goes on from here."""
 
-    phase: int = 3  # 1 teacher buffer, 2 offline, 3 online; the defaults here are a start without a teacher
-    step: int = 0  # of this phase: environment steps, in phase 2 gradient steps
-    offset: int = 0  # of the step in logs and exploration, which count on from phase 2 to phase 3
+    phase: str = "online"  # before it "teacher buffer" and "offline"
+    step: int = 0  # of this phase: environment steps, offline gradient steps
+    global_step: int = 0  # of logs and exploration: offline and online steps
     seconds: float = 0.0  # spent on online steps, evaluations excluded
-    teacher_return: float = 0.0  # mean of its games
-    baseline_return: float = 0.0  # mean of random play's, if that is the baseline
-    distilling: bool = False  # False is for good: the teacher is asked no more, and its stored Q-values go stale
-    recent_returns: list[float] = field(default_factory=list)  # of the student's last 10 whole games, for lambda
-    evaluated: int = 0  # step of this phase's last evaluation, not to be repeated; -1: none yet; online begins at 0
-    scores: list[float] = field(default_factory=list)  # of its games
+    teacher_return: float = 0.0  # mean score of its games
+    baseline_return: float = 0.0  # that of random play, if lambda looks at it
+    distilling: bool = False  # once False, for good: the teacher is not asked any more
+    recent_returns: list[float] = field(default_factory=list)  # of ten whole games, for lambda
+    scores: list[float] = field(default_factory=list)  # of the last evaluation's games
+    evaluated: bool = False  # whether that was at this very step
+    saved_step: int = 0  # this phase's step at its last checkpoint
+
+    def advance(self, steps: int):
+        self.step += steps
+        self.evaluated = False
+        if self.phase != "teacher buffer":
+            self.global_step += steps
+
+    def begin(self, phase: str):
+        self.phase = phase
+        self.step = 0
+        self.saved_step = 0
+        self.evaluated = False
 
 
-class Run:
-    """runs/RUN: event files, and the state in checkpoint.npz; the one before it stays as checkpoint.previous.npz."""
+def fill_teacher_buffer(run: "Run", learner: Learner, replay: FrameReplay) -> FrameReplay:
+    """Phase 1: the teacher plays, ever less at random; its steps and Q-values are stored."""
+    args = run.args
+    progress = run.progress
+    file = None if args.teacher_buffer is None else Path(args.teacher_buffer)
+    if file is not None and file.exists():
+        return load_teacher_buffer(file, run.made_with(), replay)
 
-    def __init__(self, args: Args, facts: dict[str, str], first_step: int):
-        """A new directory, or that of --resume, where what was logged from `first_step` on will be logged again."""
-        self.next_save = time.monotonic() + 600  # for runs without --checkpoint-frequency
-        game, settings = args.env_id.replace("/", "-"), asdict(args) | facts
-        self.directory = Path(args.resume or f"runs/{game}__{args.exp_name}__{args.seed}__{time.time_ns() // 10**6}")
-        self.directory.mkdir(parents=True, exist_ok=args.resume is not None)
-        if args.track:
-            import wandb
+    num_envs = replay.num_envs
+    key = key_for("teacher buffer", args.seed)
+    games = AtariGames(args, seeds_for("teacher buffer", args.seed, num_envs, progress.step))
 
-            names = {"project": args.wandb_project_name, "entity": args.wandb_entity, "id": self.directory.name}
-            wandb.init(**names, name=names["id"], resume="allow", config=settings, sync_tensorboard=True)
-        self.writer = SummaryWriter(str(self.directory), purge_step=first_step, flush_secs=10)
-        rows = "\n".join(f"|{name}|{value}|" for name, value in settings.items())
-        self.writer.add_text("hyperparameters", f"|name|value|\n|-|-|\n{rows}", first_step)
+    bar = tqdm(total=args.teacher_steps, initial=progress.step, desc="teacher buffer", unit="step")
+    while progress.step < args.teacher_steps:
+        run.checkpoint_if_due(learner, replay)
+        epsilon = linear_schedule(args.start_e, args.end_e, args.teacher_steps, progress.step)
+        obs = jax.device_put(games.obs)
+        actions, q_values = act(*run.teacher, key, progress.step, obs, epsilon)
+        games.step_async(np.asarray(actions))
+        step = games.step_wait()
+        replay = replay.add(obs, stored(step), q_values)
+        progress.advance(num_envs)
+        bar.update(num_envs)
+        if step.finished:
+            bar.postfix = f"return={step.finished[-1].score:.1f}, λ=1.00"
+    bar.close()
 
-    def log(self, step: int, scalars: dict[str, float]) -> None:
-        for tag, value in scalars.items():
-            self.writer.add_scalar(tag, value, step)
+    if file is not None:
+        # By PyTorch, so that the sibling can read it as well.
+        content = {"made_with": run.made_with(), "replay": jax.tree.map(torch.tensor, pack(replay))}
+        write(partial(torch.save, content), file)
+    return replay
 
-    def save(self, state: dict, replay: FrameReplay) -> None:
-        start, path = time.monotonic(), self.directory / "checkpoint.npz"
-        self.writer.flush()
-        data = np.frombuffer(serialization.msgpack_serialize(state | {"replay": replay.state_dict()}), np.uint8)
-        write(partial(np.savez, state=data), path, before=path.with_suffix(".previous.npz"))  # a CRC tells damage
-        self.next_save = time.monotonic() + max(600, 100 * (time.monotonic() - start))  # at most 1% of the time for it
+
+OFFLINE_EVAL_FREQUENCY = 100_000  # gradient steps
+LOG_FREQUENCY = 100  # steps
+
+
+def learn_offline(run: "Run", learner: Learner, replay: FrameReplay) -> None:
+    """Phase 2: the student learns from the teacher's buffer alone, with lambda = 1."""
+    args = run.args
+    progress = run.progress
+    learner.set_lambda(1.0)
+
+    bar = tqdm(total=args.offline_steps, initial=progress.step, desc="offline", unit="update")
+    while progress.step < args.offline_steps:
+        if progress.step % OFFLINE_EVAL_FREQUENCY == 0:
+            run.evaluate(learner, "charts/offline/avg_episodic_return")
+        run.checkpoint_if_due(learner, replay)
+
+        learner.gradient_step(replay)
+        progress.advance(1)
+        bar.update(1)
+        if progress.step % args.target_network_frequency == 0:
+            learner.update_target(args.tau)
+
+        if progress.step % LOG_FREQUENCY == 0:
+            metrics = learner.read_metrics()
+            scalars = {
+                "charts/offline/loss": metrics["loss"],
+                "charts/offline/q_loss": metrics["td_loss"],  # CleanRL's name
+                "charts/offline/distill_loss": metrics["distill_loss"],
+            }
+            run.log(scalars)
+            bar.postfix = f"return={np.mean(progress.scores):.1f}, λ=1.00"
+    bar.close()
+
+    run.evaluate(learner, "charts/offline/avg_episodic_return")
+    run.checkpoint_if_due(learner, replay)
+    learner.update_target(tau=1.0)
+    # Lambda is informed from the start: the games just played are the first ten.
+    progress.recent_returns = progress.scores[:GAMES_FOR_LAMBDA]
+
+
+def fading_lambda(args: Args, progress: Progress) -> float:
+    """The weight of the teacher in the step to come; it may be let go of for good."""
+    if args.distill_steps is not None and progress.step >= args.distill_steps:
+        progress.distilling = False
+    if not progress.distilling:
+        return 0.0
+    lambda_ = distill_coefficient(
+        progress.recent_returns, progress.teacher_return, progress.baseline_return
+    )
+    if args.distill_latch and lambda_ == 0:
+        progress.distilling = False
+    return lambda_
+
+
+def learn_online(run: "Run", learner: Learner, replay: FrameReplay) -> None:
+    """Phase 3: the student plays on by itself, and the teacher fades."""
+    args = run.args
+    progress = run.progress
+    exploration_steps = args.exploration_fraction * args.total_timesteps
+    # The first draw needs a stack of frames and n rewards of each game.
+    learning_starts = max(args.learning_starts, (args.n_step + STACK) * args.num_envs)
+    learning_rate = args.learning_rate
+    learner.metrics = {}
+
+    key = key_for("online", args.seed)
+    games = AtariGames(args, seeds_for("online", args.seed, args.num_envs, progress.step))
+
+    bar = tqdm(total=args.total_timesteps, initial=progress.step, desc="online", unit="step")
+    while progress.step < args.total_timesteps:
+        begin = progress.step
+        end = begin + args.num_envs
+        if begin > 0 and due(begin - args.num_envs, begin, args.eval_frequency):
+            run.evaluate(learner, "eval/episodic_return")
+        run.checkpoint_if_due(learner, replay)
+        start = time.perf_counter()
+
+        # How much the teacher weighs, and how much the student explores.
+        lambda_ = fading_lambda(args, progress)
+        if run.teacher is not None:
+            learning_rate = learner.set_lambda(lambda_)
+        epsilon = linear_schedule(args.start_e, args.end_e, exploration_steps, progress.global_step)
+
+        # ACT: the games play on while the student learns.
+        obs = jax.device_put(games.obs)
+        actions, _ = act(learner.network, learner.params, key, begin, obs, epsilon)
+        games.step_async(np.asarray(actions))
+
+        # LEARN
+        for number in range(begin + 1, end + 1):
+            if number > learning_starts and number % args.train_frequency == 0:
+                learner.gradient_step(replay)
+            if number % args.target_network_frequency == 0:
+                learner.update_target(args.tau)
+
+        # STORE
+        teacher_q_values = None
+        if progress.distilling:
+            _, teacher_q_values = act(*run.teacher, key, begin, obs, 0.0)
+        step = games.step_wait()
+        replay = replay.add(obs, stored(step), teacher_q_values)
+        progress.advance(args.num_envs)
+        progress.seconds += time.perf_counter() - start
+        bar.update(args.num_envs)
+
+        # LOG
+        for game in step.finished:
+            run.log({"charts/episodic_return": game.score, "charts/episodic_length": game.length})
+            progress.recent_returns.append(game.score)
+        progress.recent_returns = progress.recent_returns[-GAMES_FOR_LAMBDA:]
+        if due(begin, end, LOG_FREQUENCY):
+            metrics = learner.read_metrics()
+            if not progress.distilling:  # the teacher's stored Q-values are stale, or missing
+                metrics.pop("distill_loss", None)
+            scalars = {f"losses/{name}": value for name, value in metrics.items()}
+            scalars["charts/epsilon"] = epsilon
+            scalars["charts/distill_coeff"] = lambda_
+            scalars["charts/learning_rate"] = learning_rate
+            scalars["charts/SPS"] = end / progress.seconds
+            run.log(scalars)
+            student_return = np.mean(progress.recent_returns or math.nan)
+            bar.postfix = f"return={student_return:.1f}, λ={lambda_:.2f}"
+    bar.close()
+
+    if progress.step > 0:
+        run.evaluate(learner, "eval/episodic_return")
+    run.checkpoint_if_due(learner, replay)
 
 
 def train(args: Args, stop: Sequence[int] = ()) -> Path:
-    """Run all phases, or what --resume has left of them, and return the directory. A signal in `stop` interrupts it."""
-    saved = load_checkpoint(Path(args.resume)) if args.resume else {}
-    validate(args, saved.get("args", {}))
-    if args.upload_model:
-        upload(args)
-    device, num_actions = jax.devices()[0], AtariGames(args, seeds_for("online", args.seed, 1)).num_actions
-    if args.cuda and device.platform == "cpu":
-        print('--cuda: no GPU found (pip install "jax[cuda12]"), running on the CPU, where ten million steps take days')
-    learner, progress, teacher = Learner(args, num_actions), Progress(), None  # teacher: (network, weights)
-    FrameReplay.create(args.buffer_size, args.num_envs, num_actions)  # if there is no room, that is better known now
-    facts = {"device": device.device_kind, "jax": jax.__version__}
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    facts["threads"] = str(cores)  # XLA's; sums, and so weights, depend on it
+    """Run all phases, or what --resume has left of them; returns the directory of the run.
 
-    # Phase 0: the teacher is found and measured. A run that is resumed has that behind it, and a replay.
-    if saved:
-        with user_error(f"--resume {args.resume}: its checkpoint does not fit"):
-            progress, facts, _ = Progress(**saved["progress"]), saved["facts"] | facts, len(saved["replay"])
-            teacher = saved["teacher"] and network_of(jax.tree.leaves(saved["teacher"]), num_actions)
-            form = jax.tree.structure((learner.params, learner.target_params, learner.opt_state))
-            learned = jax.tree.unflatten(form, map(jnp.asarray, saved["learner"]))
-            learner.params, learner.target_params, learner.opt_state = learned
+    A signal in `stop`, which may grow meanwhile, raises Stopped after a checkpoint.
+    """
+    saved = None if args.resume is None else load_checkpoint(Path(args.resume))
+    validate(args)
+    if saved is not None:
+        check_unchanged(args, saved["args"])
+    if args.upload_model:
+        check_upload(args)
+    run = Run(args, stop)
+    learner = Learner(args, run.num_actions)
+    run.new_replay()  # a GPU without room says so now; RAM fills later
+
+    # Phase 0: the teacher is found and measured. A run that is resumed has that behind it.
+    if saved is not None:
+        run.restore(saved, learner)
     elif args.teacher != "none":
-        path, reason = find_teacher(args)
-        teacher = load_network(path, num_actions, "--teacher", args.temperature)
-        facts |= {"teacher_file": f"{path}, {reason}", "teacher_sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
-        print(f"teacher: {facts['teacher_file']}")
-        play_games = partial(evaluate, partial(act, *teacher), args, args.teacher_eval_episodes, stop=stop)
-        progress = Progress(phase=1 if args.offline_steps > 0 else 3, distilling=True)
-        progress.teacher_return = float(np.mean(play_games()))
-        if args.return_baseline == "random":
-            progress.baseline_return = float(np.mean(play_games(epsilon=1.0, purpose="baseline")))
-        print(means := f"teacher: mean return {progress.teacher_return:.2f}, baseline {progress.baseline_return:.2f}")
-        if progress.teacher_return <= progress.baseline_return:
-            raise UserError(f"--teacher {args.teacher}: {means}: take another, or --return-baseline random")
-    run = Run(args, facts, (progress.offset + progress.step + 1) if saved and progress.phase > 1 else 0)
-    if teacher and (progress.phase == 1 or not saved):  # in phase 1 a resumed run logs all anew
-        run.log(0, {"charts/teacher/avg_episodic_return": progress.teacher_return})
+        run.meet_teacher()
+    run.open()
+    replay = run.new_replay(saved)
 
-    def steps(name: str, total: int, stride: int, tag: str = "", every: int = 0) -> Iterator[tqdm]:
-        """The loop of a phase: its bar for each step; in between, evaluations, checkpoints of `replay`, and the end."""
-        bar = tqdm(total=total, initial=progress.step, desc=name, unit="update" if name == "offline" else "step")
-        while True:
-            before, at_end, logged = progress.step - stride, progress.step >= total, progress.offset + progress.step
-            evaluating = tag and (at_end or due(before, progress.step, every))  # also at step 0: before is negative
-            if evaluating and progress.evaluated != progress.step:  # if not done right before the run was resumed
-                with suppress(KeyboardInterrupt):  # when it is stopped: a checkpoint first
-                    policy = partial(act, learner.network, learner.params)
-                    scores = evaluate(policy, args, args.eval_episodes, run.directory / f"videos/{logged}.mp4", stop)
-                    progress.evaluated, progress.scores = progress.step, scores
-                    run.log(logged, {tag: np.mean(scores)})
-            by_time = args.checkpoint_frequency is None and time.monotonic() > run.next_save
-            by_step = progress.step > 0 and due(before, progress.step, args.checkpoint_frequency or 0)
-            if by_time or by_step or evaluating or stop or at_end:
-                learner.read_metrics()  # nothing is kept that has diverged
-                if args.save_model:
-                    model = run.directory / f"{args.exp_name}.cleanrl_model"
-                    write(lambda file: file.write(serialization.to_bytes(learner.params)), model)
-                state = dict(args=asdict(args), facts=facts, progress=asdict(progress), teacher=teacher and teacher[1])
-                learned = jax.tree.leaves((learner.params, learner.target_params, learner.opt_state))
-                run.save(state | {"learner": learned}, replay)
-            if stop:
-                raise KeyboardInterrupt(stop[0], f"stopped; go on with: python {sys.argv[0]} --resume {run.directory}")
-            if at_end:
-                return bar.close()
-            yield bar
-            progress.step += stride
-            bar.update(stride)
-
-    # Phase 1: the teacher fills its buffer, unless a file has it.
-    teacher_envs = 8 * args.num_envs  # the more the faster, since its policy never ages; the 8 is in validate as well
-    key_of_teacher, key_of_student = (
-        jax.random.PRNGKey(seeds_for(purpose, args.seed, 1)[0]) for purpose in ("teacher buffer", "online")
-    )
-    names = ["env_id", "repeat_action_probability", "num_envs", "teacher_steps", "start_e", "end_e", "temperature"]
-    made_with = {name: getattr(args, name) for name in names} | {"teacher": facts.get("teacher_sha256")}
-    if progress.phase < 3:
-        replay = FrameReplay.create(args.teacher_steps, teacher_envs, num_actions, saved.pop("replay", None))
-    if progress.phase == 1 and args.teacher_buffer and Path(args.teacher_buffer).exists():
-        replay = load_teacher_buffer(Path(args.teacher_buffer), made_with, replay)
-        progress.phase, progress.step, progress.evaluated = 2, 0, -1
-    if progress.phase == 1:
-        games = AtariGames(args, seeds_for("teacher buffer", args.seed, teacher_envs, progress.step))
-        for bar in steps("teacher buffer", args.teacher_steps, teacher_envs):
-            epsilon = linear_schedule(args.start_e, args.end_e, args.teacher_steps, progress.step)
-            obs = jax.device_put(games.obs)
-            actions, q_values = act(*teacher, key_of_teacher, progress.step, obs, epsilon)
-            games.step_async(np.asarray(actions))
-            *outcome, finished = games.step_wait()
-            replay = replay.add(obs, games.actions, *outcome, q_values)
-            if finished:
-                bar.postfix = f"return={finished[-1][1]:.1f}, λ=1.00"
-        if args.teacher_buffer:
-            content = {"made_with": made_with, "replay": jax.tree.map(torch.tensor, replay.state_dict())}
-            write(partial(torch.save, content), Path(args.teacher_buffer))  # for the sibling as well
-        progress.phase, progress.step, progress.evaluated = 2, 0, -1
-
-    # Phase 2: the student learns from the teacher's buffer alone.
-    if progress.phase == 2:
-        for bar in steps("offline", args.offline_steps, 1, "charts/offline/avg_episodic_return", 100_000):
-            learner.gradient_step(replay, args.distill_coef, args.learning_rate)
-            step = progress.step + 1
-            if step % args.target_network_frequency == 0:
-                learner.update_target(args.tau)
-            if step % 100 == 0:  # by CleanRL's names: q_loss is td_loss
-                losses = {name.replace("td_", "q_"): value for name, value in learner.read_metrics().items()}
-                run.log(step, {f"charts/offline/{name}": value for name, value in losses.items() if "loss" in name})
-                bar.postfix = f"return={np.mean(progress.scores):.1f}, λ=1.00"
-        learner.update_target(tau=1.0)
-        progress.phase, progress.step, progress.evaluated, progress.offset = 3, 0, 0, args.offline_steps
-        progress.recent_returns = progress.scores[:10]  # of the evaluation just now: lambda is informed from the start
-        replay = content = obs = actions = q_values = None  # room for the student's own, in one piece
-
-    # Phase 3: the student plays on by itself, and the teacher fades.
-    learner.metrics, exploration_steps = {}, args.exploration_fraction * args.total_timesteps
-    replay = FrameReplay.create(args.buffer_size, args.num_envs, num_actions, saved.pop("replay", None))
-    learning_starts = max(args.learning_starts, (args.n_step + STACK) * args.num_envs)
-    final = args.learning_rate if args.final_learning_rate is None or not teacher else args.final_learning_rate
-    games = AtariGames(args, seeds_for("online", args.seed, args.num_envs, progress.step))
-    for bar in steps("online", args.total_timesteps, args.num_envs, "eval/episodic_return", args.eval_frequency):
-        start, begin, end = time.perf_counter(), progress.step, progress.step + args.num_envs
-        epsilon = linear_schedule(args.start_e, args.end_e, exploration_steps, progress.offset + begin)
-        measured = progress.recent_returns, progress.teacher_return, progress.baseline_return
-        progress.distilling &= args.distill_steps is None or begin < args.distill_steps  # once False, for good
-        lambda_ = distill_coefficient(*measured) if progress.distilling else 0.0
-        progress.distilling &= lambda_ > 0 or not args.distill_latch  # latched; lambda_ is 0 in this step already
-        learning_rate = final + (args.learning_rate - final) * lambda_
-        obs = jax.device_put(games.obs)
-        actions, _ = act(learner.network, learner.params, key_of_student, begin, obs, epsilon)
-        games.step_async(np.asarray(actions))  # they play on while the student learns
-        for step in range(begin + 1, end + 1):
-            if step > learning_starts and step % args.train_frequency == 0:
-                learner.gradient_step(replay, args.distill_coef * lambda_, learning_rate)
-            if step % args.target_network_frequency == 0:
-                learner.update_target(args.tau)
-        teacher_q_values = act(*teacher, key_of_teacher, begin, obs, 0.0)[1:] if progress.distilling else []
-        *outcome, finished = games.step_wait()
-        replay = replay.add(obs, games.actions, *outcome, *teacher_q_values)
-        progress.seconds += time.perf_counter() - start
-        for _, game_return, frames in finished:
-            run.log(progress.offset + end, {"charts/episodic_return": game_return, "charts/episodic_length": frames})
-            progress.recent_returns = [*progress.recent_returns, game_return][-10:]
-        if due(begin, end, 100):
-            scalars = {f"losses/{name}": value for name, value in learner.read_metrics().items()}
-            if not progress.distilling:
-                scalars.pop("losses/distill_loss", None)  # the teacher's stored Q-values are stale, or missing
-            scalars |= {"charts/epsilon": epsilon, "charts/distill_coeff": lambda_}
-            scalars |= {"charts/learning_rate": learning_rate, "charts/SPS": end / progress.seconds}
-            run.log(progress.offset + end, scalars)
-            bar.postfix = f"return={np.mean(progress.recent_returns or math.nan):.1f}, λ={lambda_:.2f}"
-    run.writer.close()
-    score = f"{np.mean(progress.scores):.2f} ± {np.std(progress.scores):.2f}"
-    print(f"{run.directory}: {score} over {len(progress.scores)} games")
-    if args.upload_model:
-        upload(args, run.directory, score)
+    if run.progress.phase == "teacher buffer":
+        replay = fill_teacher_buffer(run, learner, replay)
+        run.progress.begin("offline")
+    if run.progress.phase == "offline":
+        learn_offline(run, learner, replay)
+        run.progress.begin("online")
+        del replay  # there is never room for two
+        replay = run.new_replay()
+    learn_online(run, learner, replay)
+    run.finish()
     return run.directory
 
 
-# --- Models, checkpoints, publishing, flags: the method is above ---
+# --- The method is above: runs, teachers, publishing, flags ---
+
+TEACHER_ENVS_PER_ENV = 8  # the more the faster, since a teacher's policy never ages
+CHECKPOINT_SECONDS = 600
 
 
-def network_of(weights: list, num_actions: int) -> tuple[nn.Module, dict]:
-    """The network of these weights, the first of NETWORKS with as many, of these shapes; ValueError if none."""
+class Run:
+    """A run's state but for learner and replay; its event files and checkpoints, in runs/RUN.
+
+    The newest checkpoint is checkpoint.npz; the one before it stays as checkpoint.previous.npz.
+    """
+
+    def __init__(self, args, stop):
+        self.args = args
+        self.stop = stop
+        self.progress = Progress()
+        self.teacher: tuple[nn.Module, dict] | None = None  # network and weights
+        self.num_actions = AtariGames(args, seeds_for("online", args.seed, 1)).num_actions
+        device = jax.devices()[0]
+        if args.cuda and device.platform == "cpu":
+            print(
+                '--cuda: no GPU found (pip install "jax[cuda12]"), running on the CPU, '
+                "where ten million steps take days"
+            )
+        if hasattr(os, "sched_getaffinity"):
+            cores = len(os.sched_getaffinity(0))
+        else:
+            cores = os.cpu_count()
+        self.facts = {
+            "device": device.device_kind,
+            "jax": jax.__version__,
+            "threads": str(cores),  # XLA's; sums, and so weights, depend on it
+        }
+        self.checkpoint_due = False
+        self.next_checkpoint = time.monotonic() + CHECKPOINT_SECONDS
+
+    def meet_teacher(self):
+        """Find, load and measure the teacher."""
+        args = self.args
+        progress = self.progress
+        path, reason = find_teacher(args)
+        self.teacher = load_network(path, self.num_actions, "--teacher", args.temperature)
+        self.facts["teacher_file"] = f"{path}, {reason}"
+        self.facts["teacher_sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
+        print(f"teacher: {path}, {reason}")
+
+        policy = partial(act, *self.teacher)
+        play = partial(evaluate, policy, args, args.teacher_eval_episodes, self.stop)
+        progress.teacher_return = float(np.mean(play()))
+        if args.return_baseline == "random":
+            random_scores = play(epsilon=1.0, purpose="baseline")
+            progress.baseline_return = float(np.mean(random_scores))
+        means = f"teacher: mean return {progress.teacher_return:.2f}"
+        means += f", baseline {progress.baseline_return:.2f}"
+        print(means)
+        if progress.teacher_return <= progress.baseline_return:
+            advice = "take another, or --return-baseline random"
+            raise UserError(f"--teacher {args.teacher}: {means}: {advice}")
+        progress.distilling = True
+        if args.offline_steps > 0:
+            progress.phase = "teacher buffer"
+
+    def open(self):
+        """Make the directory, or go on in that of --resume, and begin to log."""
+        args = self.args
+        if args.resume is None:
+            game = args.env_id.replace("/", "-")
+            name = f"{game}__{args.exp_name}__{args.seed}__{time.time_ns() // 10**6}"
+            self.directory = Path("runs", name)
+            self.directory.mkdir(parents=True)
+        else:
+            self.directory = Path(args.resume)
+        # What was logged after the checkpoint is logged again; after one of phase 1, everything.
+        starts_anew = args.resume is None or self.progress.phase == "teacher buffer"
+        first_step = 0 if starts_anew else self.progress.global_step + 1
+
+        settings = asdict(args) | self.facts
+        if args.track:
+            import wandb
+
+            wandb.init(
+                project=args.wandb_project_name,
+                entity=args.wandb_entity,
+                id=self.directory.name,
+                name=self.directory.name,
+                resume="allow",
+                config=settings,
+                sync_tensorboard=True,
+            )
+        self.writer = SummaryWriter(str(self.directory), purge_step=first_step, flush_secs=10)
+        rows = "\n".join(f"|{name}|{value}|" for name, value in settings.items())
+        self.writer.add_text("hyperparameters", f"|name|value|\n|-|-|\n{rows}", first_step)
+        if self.teacher is not None and starts_anew:
+            self.log({"charts/teacher/avg_episodic_return": self.progress.teacher_return})
+
+    def log(self, scalars):
+        for tag, value in scalars.items():
+            self.writer.add_scalar(tag, value, self.progress.global_step)
+
+    def evaluate(self, learner, tag):
+        """Let the student play, unless that was done at this step before a resume."""
+        args = self.args
+        progress = self.progress
+        if progress.evaluated:
+            return
+        video = None
+        if args.capture_video:
+            video = self.directory / "videos" / f"{progress.global_step}.mp4"
+        policy = partial(act, learner.network, learner.params)
+        with suppress(Stopped):  # a checkpoint first, see checkpoint_if_due
+            progress.scores = evaluate(policy, args, args.eval_episodes, self.stop, video=video)
+            progress.evaluated = True
+            self.checkpoint_due = True
+            self.log({tag: np.mean(progress.scores)})
+
+    def checkpoint_if_due(self, learner, replay):
+        """After evaluations, as often as --checkpoint-frequency says, and if stopped: Stopped."""
+        frequency = self.args.checkpoint_frequency
+        if frequency is None:
+            periodic = time.monotonic() > self.next_checkpoint
+        else:
+            periodic = due(self.progress.saved_step, self.progress.step, frequency)
+        if periodic or self.checkpoint_due or self.stop:
+            self.checkpoint(learner, replay)
+        if self.stop:
+            command = f"python {sys.argv[0]} --resume {self.directory}"
+            raise Stopped(self.stop[0], f"stopped; go on with: {command}")
+
+    def checkpoint(self, learner, replay):
+        learner.read_metrics()  # nothing is kept that has diverged
+        if self.args.save_model:
+            model = serialization.to_bytes(learner.params)
+            path = self.directory / f"{self.args.exp_name}.cleanrl_model"
+            write(lambda file: file.write(model), path)
+        self.writer.flush()
+        self.progress.saved_step = self.progress.step
+        content = {
+            "args": asdict(self.args),
+            "facts": self.facts,
+            "progress": asdict(self.progress),
+            "teacher": None if self.teacher is None else self.teacher[1],
+            "params": jax.tree.leaves(learner.params),
+            "target_params": jax.tree.leaves(learner.target_params),
+            "optimizer": jax.tree.leaves(learner.opt_state),
+            "replay": pack(replay),
+        }
+        # As an array in an npz, whose checksum tells damage.
+        state = np.frombuffer(serialization.msgpack_serialize(content), np.uint8)
+        path = self.directory / "checkpoint.npz"
+        write(partial(np.savez, state=state), path, self.directory / "checkpoint.previous.npz")
+        self.checkpoint_due = False
+        self.next_checkpoint = time.monotonic() + CHECKPOINT_SECONDS
+
+    def restore(self, saved, learner):
+        """Go on from a checkpoint; its replay is restored by `new_replay`."""
+
+        def like(tree, leaves: list):
+            return jax.tree.unflatten(jax.tree.structure(tree), map(jnp.asarray, leaves))
+
+        with user_error(f"--resume {self.args.resume}: its checkpoint does not fit"):
+            self.facts = saved["facts"] | self.facts
+            self.progress = Progress(**saved["progress"])
+            if saved["teacher"] is not None:
+                self.teacher = network_of(jax.tree.leaves(saved["teacher"]), self.num_actions)
+            learner.params = like(learner.params, saved["params"])
+            learner.target_params = like(learner.target_params, saved["target_params"])
+            learner.opt_state = like(learner.opt_state, saved["optimizer"])
+
+    def new_replay(self, saved=None) -> FrameReplay:
+        """Online the student's, before that the teacher's; with what was saved of it."""
+        capacity = self.args.buffer_size
+        num_envs = self.args.num_envs
+        if self.progress.phase != "online":
+            capacity = self.args.teacher_steps
+            num_envs *= TEACHER_ENVS_PER_ENV
+        replay = FrameReplay.create(capacity, num_envs, self.num_actions)
+        if saved is not None:
+            with user_error(f"--resume {self.args.resume}: its checkpoint does not fit"):
+                replay = unpack(saved.pop("replay"), replay)
+        return replay
+
+    def made_with(self) -> dict:
+        """What a file of --teacher-buffer depends on."""
+        names = ["env_id", "repeat_action_probability", "num_envs", "teacher_steps"]
+        names += ["start_e", "end_e", "temperature"]
+        settings = {name: getattr(self.args, name) for name in names}
+        return settings | {"teacher": self.facts["teacher_sha256"]}
+
+    def finish(self):
+        self.writer.close()
+        scores = self.progress.scores
+        score = f"{np.mean(scores):.2f} ± {np.std(scores):.2f}"
+        print(f"{self.directory}: {score} over {len(scores)} games")
+        if self.args.upload_model:
+            upload(self.args, self.directory, score)
+
+
+PURPOSES = ("teacher buffer", "online", "evaluation", "baseline")
+
+
+def seeds_for(purpose: str, seed: int, count: int, step: int = 0) -> np.ndarray:
+    """`count` seeds, int64 (count,), unlike those of any other purpose, run or step of a resume."""
+    entropy = np.random.SeedSequence([seed, PURPOSES.index(purpose), step])
+    return entropy.generate_state(count).astype(np.int64) % 2**31
+
+
+def key_for(purpose, seed) -> jax.Array:
+    return jax.random.PRNGKey(seeds_for(purpose, seed, 1)[0])
+
+
+def stored(step: GameStep) -> GameStep:
+    """What the replay keeps of it: a tree of arrays, the same for each step."""
+    return step._replace(finished=None)
+
+
+FIELDS = ("actions", "rewards", "terminations", "no_successor", "teacher_q_values")
+BLOCK = 4096  # frames that are compressed together
+
+
+def pack(replay) -> dict:
+    """All that was written to a replay, on the host, its frames compressed by several threads."""
+
+    def compress(begin: int) -> np.ndarray:
+        block = np.asarray(replay.frames[begin : min(begin + BLOCK, used)])
+        return np.frombuffer(zlib.compress(block, level=1), dtype=np.uint8)
+
+    used = min(int(replay.written) * replay.num_envs, len(replay.rewards))
+    with ThreadPoolExecutor(8) as pool:  # each has a block on the device
+        frames = list(pool.map(compress, range(0, used, BLOCK)))
+    state = {name: np.asarray(getattr(replay, name)[:used]) for name in FIELDS}
+    return state | {"written": np.asarray(replay.written), "frames": frames}
+
+
+def unpack(state, replay) -> FrameReplay:
+    """A replay of this shape, which is given up, restored. Its games are gone: their last steps
+    have no successor."""
+    used = len(state["actions"])
+    put = jax.jit(partial(jax.lax.dynamic_update_slice_in_dim, axis=0), donate_argnums=0)
+    frames = replay.frames
+    for begin, packed in zip(range(0, used, BLOCK), state["frames"], strict=True):
+        pixels = np.frombuffer(zlib.decompress(packed), np.uint8)
+        frames = put(frames, pixels.reshape(-1, SIDE * SIDE), begin)
+    fields = {name: getattr(replay, name).at[:used].set(state[name]) for name in FIELDS}
+    newest = state["written"] * replay.num_envs - 1 - np.arange(replay.num_envs)
+    newest %= len(replay.rewards)
+    fields["no_successor"] = fields["no_successor"].at[newest].set(True)
+    written = jnp.asarray(state["written"], jnp.int32)
+    return replay.replace(frames=frames, written=written, **fields)
+
+
+def open_film(path, images):
+    """A film of RGB images like these, 15 a second (extra `video`)."""
+    from moviepy.video.io.ffmpeg_writer import FFMPEG_VideoWriter
+
+    height, width = images.shape[2:4]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with user_error("--capture-video"):
+        return FFMPEG_VideoWriter(str(path), (width, height), fps=15)
+
+
+def network_of(weights: list, num_actions) -> tuple[nn.Module, dict]:
+    """The network of these weights and their tree, told by their shapes; ValueError if none."""
+    obs = jnp.zeros((1, STACK, SIDE, SIDE), jnp.uint8)
+    shapes = [np.shape(weight) for weight in weights]
     for kind in NETWORKS.values():
         network = kind(num_actions)
-        shapes = jax.eval_shape(network.init, jax.random.PRNGKey(0), jnp.zeros((1, STACK, SIDE, SIDE), jnp.uint8))
-        if [np.shape(weight) for weight in weights] == [leaf.shape for leaf in jax.tree.leaves(shapes)]:
-            return network, jax.tree.unflatten(jax.tree.structure(shapes), map(jnp.asarray, weights))
-    raise ValueError(f"no weights of a Nature CNN or Impala-CNN for the {num_actions} actions of --env-id")
+        form = jax.eval_shape(network.init, jax.random.PRNGKey(0), obs)
+        if [leaf.shape for leaf in jax.tree.leaves(form)] == shapes:
+            params = jax.tree.unflatten(jax.tree.structure(form), map(jnp.asarray, weights))
+            return network, params
+    raise ValueError(
+        f"no weights of a Nature CNN or Impala-CNN for the {num_actions} actions of --env-id"
+    )
 
 
-def from_torch(state: dict[str, torch.Tensor]) -> list[np.ndarray]:
-    """A PyTorch network's weights in Flax's order. PyTorch puts channels first, also before flattening an image."""
-    arrays, weights, channels = [tensor.float().numpy() for tensor in state.values()], [], STACK
-    for kernel, bias in zip(arrays[::2], arrays[1::2], strict=True):  # layer by layer in both, Flax's sorted by name
-        pixels = kernel.reshape(len(kernel), channels, -1)  # (outputs, channels, pixels); a vector has one pixel
-        weights += [bias, pixels.transpose(2, 1, 0).reshape(*kernel.shape[2:], -1, len(kernel))]
-        channels = len(kernel)
+def from_torch(state: dict[str, Tensor]) -> list[np.ndarray]:
+    """A PyTorch network's weights in Flax's order, which is PyTorch's with each bias first.
+
+    PyTorch puts channels first, also before flattening an image: a kernel, (outputs, inputs, ...),
+    becomes (..., inputs, outputs).
+    """
+    arrays = [tensor.float().numpy() for tensor in state.values()]
+    weights = []
+    channels = STACK  # of what comes into a layer
+    for kernel, bias in zip(arrays[::2], arrays[1::2], strict=True):
+        outputs = len(kernel)
+        by_pixel = kernel.reshape(outputs, channels, -1)  # a vector has one pixel
+        by_pixel = by_pixel.transpose(2, 1, 0)
+        weights += [bias, by_pixel.reshape(*kernel.shape[2:], -1, outputs)]
+        channels = outputs
     return weights
 
 
-def load_sb3(path: Path, num_actions: int, temperature: float) -> dict[str, torch.Tensor]:
-    """The Nature CNN in a Stable-Baselines3 zip of DQN, QR-DQN, PPO or A2C with CnnPolicy; ValueError if there is none.
+# Tensors and plain values, never code.
+load = partial(torch.load, map_location="cpu", weights_only=True)
 
-    Logits of the last two, times temperature, stand for Q-values: softmax(Q / temperature) is that agent's policy.
+
+def load_sb3(path, num_actions, temperature) -> dict[str, Tensor]:
+    """The Nature CNN in a Stable-Baselines3 zip of DQN, QR-DQN, PPO or A2C with CnnPolicy.
+
+    Logits of the last two, times temperature, stand for Q-values: softmax(Q / temperature) is that
+    agent's policy. ValueError if there is none.
     """
     with zipfile.ZipFile(path) as file:
         its_actions = int(json.loads(file.read("data"))["action_space"].get("n", num_actions))
         state = load(file.open("policy.pth"))
-    unused = r".*(_target|value_net)\.|(pi|vf)_features_extractor\."  # value and target networks, and copies
+    # Value and target networks, and copies.
+    unused = r".*(_target|value_net)\.|(pi|vf)_features_extractor\."
     state = {name: tensor for name, tensor in state.items() if not re.match(unused, name)}
     if its_actions != num_actions or len(state) != 10:
-        raise ValueError(f"no CnnPolicy of DQN, QR-DQN, PPO or A2C for the {num_actions} actions of --env-id")
-    for name in list(state)[-2:]:  # of the last layer: that of QR-DQN gives quantiles, whose mean is linear, too
-        state[name] = state[name].unflatten(0, (-1, num_actions)).mean(0) * (temperature if "action" in name else 1)
+        raise ValueError(
+            f"no CnnPolicy of DQN, QR-DQN, PPO or A2C for the {num_actions} actions of --env-id"
+        )
+    for name in list(state)[-2:]:  # of the last layer
+        # QR-DQN's gives quantiles for each action, whose mean is linear, too.
+        by_quantile = state[name].unflatten(0, (-1, num_actions))
+        state[name] = by_quantile.mean(0)
+        if "action" in name:
+            state[name] *= temperature
     return state
 
 
-def load_network(path: Path, num_actions: int, flag: str, temperature: float = 1.0) -> tuple[nn.Module, dict]:
-    """Network and weights in a Flax model, a PyTorch one or a Stable-Baselines3 zip; no file can run code."""
+def load_network(path, num_actions, flag, temperature=1.0) -> tuple[nn.Module, dict]:
+    """Network and weights in a Flax model, a state dict of PyTorch's or a Stable-Baselines3 zip.
+
+    UserError if there is none. No file can run code.
+    """
     with user_error(f"{flag} {path}: cannot be read"):
         if not zipfile.is_zipfile(path):
-            return network_of(jax.tree.leaves(serialization.msgpack_restore(path.read_bytes())), num_actions)
-        sb3 = "policy.pth" in zipfile.ZipFile(path).namelist()  # torch writes zips as well
-        return network_of(from_torch(load_sb3(path, num_actions, temperature) if sb3 else load(path)), num_actions)
+            weights = jax.tree.leaves(serialization.msgpack_restore(path.read_bytes()))
+        elif "policy.pth" in zipfile.ZipFile(path).namelist():  # torch writes zips as well
+            weights = from_torch(load_sb3(path, num_actions, temperature))
+        else:
+            weights = from_torch(load(path))
+        return network_of(weights, num_actions)
 
 
-def find_teacher(args: Args) -> tuple[Path, str]:
-    """The teacher's file, and why that one: the path given, else the hub's, else its cache's, else the bundled one."""
+def find_teacher(args) -> tuple[Path, str]:
+    """The teacher's file, and why that one.
+
+    The path given, else the hub's, else its cache's, else the bundled one.
+    """
     if args.teacher != "auto":
         return Path(args.teacher), "as given"
-    env_id = re.sub("ALE/(.*)-v5", r"\1NoFrameskip-v4", args.env_id)  # the older name of the same game
-    repo = args.teacher_policy_hf_repo or f"cleanrl/{env_id}-{args.teacher_model_exp_name}-seed1"
+    env_id = re.sub("ALE/(.*)-v5", r"\1NoFrameskip-v4", args.env_id)  # the older name of the game
+    default_repo = f"cleanrl/{env_id}-{Args.teacher_model_exp_name}-seed1"
+    repo = args.teacher_policy_hf_repo
+    if repo is None:
+        repo = f"cleanrl/{env_id}-{args.teacher_model_exp_name}-seed1"
     sb3 = re.search("/((dqn|qrdqn|ppo|a2c)-.*)", repo)
-    file = f"{sb3[1]}.zip" if sb3 else f"{args.teacher_model_exp_name}.cleanrl_model"
+    file = f"{args.teacher_model_exp_name}.cleanrl_model" if sb3 is None else f"{sb3[1]}.zip"
+
     with user_error(f"--teacher-policy-hf-repo {repo}: no {file} from there"):
-        try:  # once and not for long: hf_hub_download itself tries again for half a minute and more
-            ThreadPoolExecutor(1).submit(get_hf_file_metadata, hf_hub_url(repo, file), timeout=5).result(timeout=8)
+        try:
+            # Once and not for long: hf_hub_download itself tries again for half a minute and more.
+            url = hf_hub_url(repo, file)
+            answer = ThreadPoolExecutor(1).submit(get_hf_file_metadata, url, timeout=5)
+            answer.result(timeout=8)
             return Path(hf_hub_download(repo, file)), f"from the hub, {repo}"
         except Exception as error:
+            # 429 and 5xx count as out of reach; others are answers, such as 404 to a wrong name.
             if isinstance(error, errors.HfHubHTTPError) and error.response.status_code < 429:
-                raise  # a real answer, such as 404 to a wrong name; 429 and 5xx count as out of reach
+                raise
             with suppress(errors.LocalEntryNotFoundError):
-                return Path(hf_hub_download(repo, file, local_files_only=True)), f"from the cache of the hub, {repo}"
+                cached = hf_hub_download(repo, file, local_files_only=True)
+                return Path(cached), f"from the cache of the hub, {repo}"
+
     bundled = Path(__file__).parent / "teachers" / f"{env_id}.cleanrl_model"
-    if repo != f"cleanrl/{env_id}-{Args.teacher_model_exp_name}-seed1" or not bundled.exists():
-        raise UserError(f"--teacher auto: the hub is out of reach and {repo} not in its cache; give a PATH")
+    if repo != default_repo or not bundled.exists():
+        raise UserError(
+            f"--teacher auto: the hub is out of reach and {repo} not in its cache; give a PATH"
+        )
     return bundled, "bundled: the hub is out of reach"
 
 
-def load_teacher_buffer(path: Path, made_with: dict, replay: FrameReplay) -> FrameReplay:
-    """`replay` filled from --teacher-buffer; UserError if the file is damaged or was made with other settings."""
+def load_teacher_buffer(path, made_with, replay) -> FrameReplay:
+    """`replay` with --teacher-buffer; UserError if that is damaged, or of other settings."""
     with user_error(f"--teacher-buffer {path}: not a teacher's buffer of this version"):
         content = load(path)
-        if differing := [name for name, value in made_with.items() if content["made_with"][name] != value]:
-            raise UserError(f"--teacher-buffer {path}: made with another {differing[0]}; name another file")
-        return replay.load_state_dict(jax.tree.map(np.asarray, content["replay"]))
+        for name, value in made_with.items():
+            if content["made_with"][name] != value:
+                raise UserError(
+                    f"--teacher-buffer {path}: made with another {name}; name another file"
+                )
+        return unpack(jax.tree.map(np.asarray, content["replay"]), replay)
 
 
-def write(save: Callable, path: Path, before: Path | None = None) -> None:
-    """save(file) beside `path`, to the disk, then rename: never half a file. What was there is kept as `before`."""
-    part = Path(f"{path}.part" if before else f"{path}.{os.getpid()}.part")  # one buffer may have several writers
-    with user_error(f"cannot write {path}; once it can be written, --resume"), ExitStack() as at_the_end:
-        at_the_end.callback(part.unlink, missing_ok=True)  # what a full disk has left of it
-        with part.open("wb") as file:
-            save(file)
-            file.flush()
-            os.fsync(file.fileno())
-        if before and path.exists():
-            path.replace(before)
-        part.replace(path)
+def write(save: Callable, path, before=None):
+    """save(file) beside `path`, to the disk, then rename: never half a file.
+
+    What was there is kept as `before`.
+    """
+    part = Path(f"{path}.{os.getpid()}.part")  # one buffer may have several writers
+    with user_error(f"cannot write {path}; once it can be written, --resume"):
+        try:
+            with part.open("wb") as file:
+                save(file)
+                file.flush()
+                os.fsync(file.fileno())
+            if before is not None and path.exists():
+                path.replace(before)
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)  # what a full disk has left of it
 
 
-def load_checkpoint(run_dir: Path) -> dict:
-    """The newest whole state of a run: arrays and plain values, never code. UserError if there is none."""
-    for path in (run_dir / "checkpoint.npz", run_dir / "checkpoint.previous.npz"):
+def load_checkpoint(run_dir) -> dict:
+    """The newest whole state of a run: arrays and plain values. UserError if there is none."""
+    for name in ("checkpoint.npz", "checkpoint.previous.npz"):
+        path = run_dir / name
         try:
             return serialization.msgpack_restore(np.load(path)["state"].tobytes())
         except Exception as error:
@@ -800,95 +1428,151 @@ def load_checkpoint(run_dir: Path) -> dict:
     raise UserError(f"--resume {run_dir}: no checkpoint of this version in it")
 
 
-def film(args: Args, seeds: np.ndarray, actions: list[int], path: Path) -> None:
-    """Play the game of this one seed and these actions again, and write what is seen, in colour (extra `video`)."""
-    from moviepy.video.io.ffmpeg_writer import FFMPEG_VideoWriter
-
-    games = AtariGames(args, seeds)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with user_error("--capture-video"), FFMPEG_VideoWriter(str(path), games.images.shape[-2:-4:-1], fps=15) as video:
-        for action in actions:
-            video.write_frame(games.images[0, 0])
-            games.step_async(np.array([action]))
-            if games.step_wait()[-1]:
-                break
+def check_upload(args):
+    """UserError if the run could not be uploaded in the end."""
+    with user_error("--upload-model: the hub does not know you; `hf auth login` first"):
+        user = HfApi().whoami()
+    own = [user["name"]]
+    own += [organisation["name"] for organisation in user.get("orgs", [])]
+    if args.hf_entity and args.hf_entity not in own:
+        raise UserError(
+            f"--hf-entity {args.hf_entity}: neither {user['name']} nor one of its organisations"
+        )
 
 
-def upload(args: Args, run_dir: Path | None = None, score: str = "") -> None:
-    """Before the first step make the hub's repository, to see that one may; at the end publish the run there."""
-    name, task = f"{args.env_id}-{args.exp_name}-seed{args.seed}".replace("/", "-"), "reinforcement-learning"
-    with user_error("--upload-model: no way to write there; `hf auth login` first, or another --hf-entity"):
-        repo = HfApi().create_repo(f"{args.hf_entity}/{name}".removeprefix("/"), exist_ok=True).repo_id
-        if run_dir:
-            result = EvalResult(task, args.env_id, args.env_id, metric_type="mean_reward", metric_value=score)
-            card = ModelCardData(model_name=name, tags=[args.env_id, task], pipeline_tag=task, eval_results=[result])
-            (run_dir / "README.md").write_bytes(f"---\n{card}\n---\n# QDagger on {args.env_id}: {score}\n".encode())
-            HfApi().upload_folder(repo_id=repo, folder_path=run_dir, ignore_patterns="checkpoint*")
+def upload(args, run_dir, score):
+    """Publish model, event files, films and a card with the score."""
+    task = "reinforcement-learning"
+    name = f"{args.env_id}-{args.exp_name}-seed{args.seed}".replace("/", "-")
+    if args.hf_entity:
+        name = f"{args.hf_entity}/{name}"
+    result = EvalResult(
+        task_type=task,
+        dataset_type=args.env_id,
+        dataset_name=args.env_id,
+        metric_type="mean_reward",
+        metric_value=score,
+    )
+    card = ModelCardData(
+        model_name=name,
+        tags=[args.env_id, task],
+        pipeline_tag=task,
+        eval_results=[result],
+    )
+    text = f"---\n{card}\n---\n# QDagger on {args.env_id}: {score}\n"
+    (run_dir / "README.md").write_text(text, encoding="utf-8")
+    with user_error("--upload-model: the run is not published; try --resume"):
+        api = HfApi()
+        repo = api.create_repo(name, exist_ok=True)
+        api.upload_folder(repo_id=repo.repo_id, folder_path=run_dir, ignore_patterns="checkpoint*")
 
 
-def validate(args: Args, before: dict) -> None:
-    """UserError for the first flag that cannot work, or that is not as `before` in the run to be resumed."""
-    mutable = "resume total_timesteps checkpoint_frequency eval_frequency eval_episodes evaluate teacher_buffer "
-    mutable += "track wandb_project_name wandb_entity capture_video save_model upload_model hf_entity capture compile"
-    positive = "num_envs buffer_size batch_size n_step train_frequency target_network_frequency learning_rate "
-    positive += "adam_eps temperature teacher_eval_episodes eval_episodes"
-    shares = "gamma tau start_e end_e exploration_fraction repeat_action_probability"
-    games = [env_id for env_id in gym.registry if re.fullmatch(r"(ALE/\w+-v5)|(\w+NoFrameskip-v4)", env_id)]
-    numbers = {flag: value for flag, value in asdict(args).items() if isinstance(value, int | float)}
-    least, buffer = (args.n_step + STACK) * args.num_envs, Path(args.teacher_buffer or __file__)  # unset: this file
-    changed = [flag for flag in before if flag not in mutable.split() and getattr(args, flag) != before[flag]]
-    rules = [
-        ("env_id", args.env_id in games, "no game of ale-py's, such as PongNoFrameskip-v4 or ALE/Pong-v5"),
-        *((flag, 0 <= number < 2**31, "must lie between 0 and 2^31") for flag, number in numbers.items()),
-        *((flag, numbers[flag] > 0, "must be above 0") for flag in positive.split()),
-        *((flag, numbers.get(flag, 0) <= 1, "must lie between 0 and 1") for flag in shares.split()),
-        ("buffer_size", args.buffer_size >= least, f"too few: {least} or more"),
-        ("teacher_steps", args.teacher == "none" or args.teacher_steps >= 8 * least, f"too few: {8 * least} or more"),
-        ("teacher_buffer", buffer.exists() or os.access(buffer.absolute().parent, os.W_OK), "not there, nor writable"),
-        ("upload_model", args.save_model or not args.upload_model, "there is nothing to upload without --save-model"),
-        ("capture_video", not args.capture_video or importlib.util.find_spec("moviepy"), "pip install moviepy"),
-        ("track", not args.track or importlib.util.find_spec("wandb"), "pip install wandb"),
-        *((flag, False, f"the run to be resumed has {before[flag]}; leave out --resume") for flag in changed),
-    ]
-    for flag, holds, rule in rules:
-        if not holds:
+def validate(args):
+    """UserError for the first flag that cannot work."""
+
+    def require(condition, flag, rule):
+        if not condition:
             raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: {rule}")
 
+    is_game = args.env_id in gym.registry
+    named_so = re.fullmatch(r"ALE/\w+-v5|\w+NoFrameskip-v4", args.env_id) is not None
+    rule = "no game of ale-py's, such as PongNoFrameskip-v4 or ALE/Pong-v5"
+    require(is_game and named_so, "env_id", rule)
 
-def play(args: Args, stop: Sequence[int]) -> None:
-    """--evaluate: print the score of every game of a saved model, and their mean and standard deviation."""
-    validate(args, {})
+    for flag, value in asdict(args).items():
+        if not isinstance(value, int | float):
+            continue
+        require(0 <= value < 2**31, flag, "must lie between 0 and 2^31")
+        if flag in POSITIVE:
+            require(value > 0, flag, "must be above 0")
+        if flag in SHARES:
+            require(value <= 1, flag, "must lie between 0 and 1")
+
+    fewest = (args.n_step + STACK) * args.num_envs  # the first draw needs so many
+    require(args.buffer_size >= fewest, "buffer_size", f"too few: {fewest} or more")
+    if args.teacher != "none":
+        fewest *= TEACHER_ENVS_PER_ENV
+        require(args.teacher_steps >= fewest, "teacher_steps", f"too few: {fewest} or more")
+    if args.teacher_buffer is not None:
+        path = Path(args.teacher_buffer).absolute()
+        usable = path.exists() or os.access(path.parent, os.W_OK)
+        require(usable, "teacher_buffer", "not there, nor writable")
+    if args.upload_model:
+        require(args.save_model, "upload_model", "there is nothing to upload without --save-model")
+    for flag, package in (("capture_video", "moviepy"), ("track", "wandb")):
+        if getattr(args, flag):
+            found = importlib.util.find_spec(package) is not None
+            require(found, flag, f"pip install {package}")
+
+
+def check_unchanged(args, before):
+    """UserError for the first flag that a resumed run must keep, but that is another."""
+    for flag, value in before.items():
+        if flag not in MAY_CHANGE and getattr(args, flag) != value:
+            name = flag.replace("_", "-")
+            rule = f"the run to be resumed has {value}; leave out --resume"
+            raise UserError(f"--{name} {getattr(args, flag)}: {rule}")
+
+
+def play(args, stop):
+    """--evaluate: print each game's score, and their mean and standard deviation."""
+    validate(args)
     path = Path(args.evaluate)
-    network = load_network(path, AtariGames(args, seeds_for("online", args.seed, 1)).num_actions, "--evaluate")
-    returns = evaluate(partial(act, *network), args, args.eval_episodes, path.parent / "videos/evaluation.mp4", stop)
-    print(*(f"game {game}: {game_return:g}" for game, game_return in enumerate(returns, 1)), sep="\n")
-    print(f"{np.mean(returns):.2f} ± {np.std(returns):.2f} over {len(returns)} games of {args.env_id}")
+    num_actions = AtariGames(args, seeds_for("evaluation", args.seed, 1)).num_actions
+    policy = partial(act, *load_network(path, num_actions, "--evaluate"))
+    video = path.parent / "videos" / "evaluation.mp4" if args.capture_video else None
+    scores = evaluate(policy, args, args.eval_episodes, stop, video=video)
+    for number, score in enumerate(scores, 1):
+        print(f"game {number}: {score:g}")
+    games = f"{len(scores)} games of {args.env_id}"
+    print(f"{np.mean(scores):.2f} ± {np.std(scores):.2f} over {games}")
 
 
-def main() -> None:
-    args, stop = tyro.cli(Args, description=__doc__), []
+def parse_flags() -> Args:
+    """The flags of the command line; with --resume, what is not said again is as it was."""
+    args = tyro.cli(Args, description=__doc__)
+    if not args.resume:
+        return args
+    saved = load_checkpoint(Path(args.resume))
+    with user_error(f"--resume {args.resume}: its flags are those of another version"):
+        before = Args(**saved["args"])
+        before.resume = args.resume
+        before.evaluate = None
+    return tyro.cli(Args, description=__doc__, default=before)
 
-    def handle(number: int, _) -> None:
+
+def main():
+    stop: list[int] = []
+
+    def handle(number, _):
         stop.append(number)
         signal.signal(number, signal.SIG_DFL)
-        os.write(2, b"\nstopping; the same signal again quits at once\n")  # print may be in the middle of a line
+        # print may be in the middle of a line
+        os.write(2, b"\nstopping; the same signal again quits at once\n")
 
-    for name in {"SIGINT", "SIGTERM", "SIGUSR1"} & set(dir(signal)):  # the last is Slurm's warning, not on Windows
-        signal.signal(getattr(signal, name), handle)
+    for name in ("SIGINT", "SIGTERM", "SIGUSR1"):  # the last is Slurm's warning
+        if hasattr(signal, name):  # not on Windows
+            signal.signal(getattr(signal, name), handle)
     try:
-        if args.resume:  # what is not said again is as it was
-            with user_error(f"--resume {args.resume}: its flags are those of another version"):
-                before = Args(**load_checkpoint(Path(args.resume))["args"] | {"resume": args.resume, "evaluate": None})
-            args = tyro.cli(Args, description=__doc__, default=before)
+        args = parse_flags()
         if not args.cuda:
             jax.config.update("jax_platforms", "cpu")
-        play(args, stop) if args.evaluate else train(args, stop)
-    except (UserError, OSError, jax.errors.JaxRuntimeError) as error:
+        if args.evaluate:
+            play(args, stop)
+        else:
+            train(args, stop)
+    except (UserError, OSError) as error:
         tqdm.write(f"error: {error}", file=sys.stderr)  # above a progress bar
         sys.exit(2)
-    except KeyboardInterrupt as stopped:
-        tqdm.write(stopped.args[1], file=sys.stderr)
-        sys.exit(128 + stopped.args[0])
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        tqdm.write(f"error: out of memory ({error})", file=sys.stderr)
+        sys.exit(2)
+    except Stopped as stopped:
+        number, message = stopped.args
+        tqdm.write(message, file=sys.stderr)
+        sys.exit(128 + number)
 
 
 if __name__ == "__main__":

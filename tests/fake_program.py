@@ -22,7 +22,9 @@ buffer = values.get("--teacher-buffer")
 run.mkdir(parents=True, exist_ok=True)
 if buffer and not Path(buffer).exists():
     Path(buffer).write_text(f"made by {Path.cwd().name}")
-if "--resume" not in flags and "--slow" in flags and "--save-model" in flags:  # until it is told to stop
+if (
+    "--resume" not in flags and "--slow" in flags and "--save-model" in flags
+):  # until it is told to stop
     numbers = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1}
     signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
     (run / "checkpoint.pt").touch()

@@ -2,7 +2,6 @@
 
 import sys
 from collections import Counter
-from functools import partial
 from unittest.mock import MagicMock
 
 import cv2
@@ -14,17 +13,33 @@ from stable_baselines3.common.atari_wrappers import AtariWrapper
 from test_replay import Doubled
 
 import qdagger_dqn_atari_impalacnn as qdagger
-from qdagger_dqn_atari_impalacnn import PURPOSES, STACK, Args, AtariGames, AtariVectorEnv, evaluate, seeds_for
+from qdagger_dqn_atari_impalacnn import (
+    PURPOSES,
+    STACK,
+    Args,
+    AtariGames,
+    AtariVectorEnv,
+    evaluate,
+    pack,
+    seeds_for,
+)
 
 KIND = "NoFrameskip-v4"
 GAMES = sorted(env_id.removesuffix(KIND) for env_id in gym.registry if env_id.endswith(KIND))
 PLAYED = {"Breakout": 400, "Pong": 1200, "BeamRider": 1300, "SpaceInvaders": 600, "Freeway": 2060}
-PLAYED |= {"Asterix": 400, "BankHeist": 570}  # lives without FIRE; lives that are 0 before the game is over
+PLAYED |= {
+    "Asterix": 400,
+    "BankHeist": 570,
+}  # lives without FIRE; lives that are 0 before the game is over
 
 
 def emulators_with(monkeypatch, **options) -> None:
-    """The emulators of all games from now on have these options too."""
-    monkeypatch.setattr(qdagger, "AtariVectorEnv", partial(AtariVectorEnv, **options))
+    """The emulators of all games from now on have these options instead of their own."""
+
+    def emulators(*args, **own):
+        return AtariVectorEnv(*args, **own | options)
+
+    monkeypatch.setattr(qdagger, "AtariVectorEnv", emulators)
 
 
 def new_games(game: str, num_envs: int, seed: int, **options) -> AtariGames:
@@ -36,8 +51,8 @@ def play(games: AtariGames, actions: np.ndarray):
     """Step by step, what these actions (steps, num_envs) lead to."""
     for now in actions:
         games.step_async(now)
-        *outcome, finished = games.step_wait()
-        yield *outcome, games.actions, games.obs, games.images, finished
+        actions, *outcome, finished = games.step_wait()
+        yield *outcome, actions, games.obs, games.images, finished
 
 
 def compare(game: str, steps: int, num_envs: int) -> Counter:
@@ -53,17 +68,26 @@ def compare(game: str, steps: int, num_envs: int) -> Counter:
                 stacks[env] = reference.reset()[0].transpose(2, 0, 1).repeat(STACK, axis=0)
             assert (games.obs[env] == (games.obs[env, -1] if launches[env] else stacks[env])).all()
         games.step_async(asked)
-        rewards, terminations, truncations, finished = games.step_wait()
+        _, rewards, terminations, truncations, finished = games.step_wait()
         over = {env: whole_game for env, *whole_game in finished}
         for env, reference in enumerate(references):
             if launches[env]:
-                assert games.actions[env] == launches[env].pop(0) and truncations[env] and env not in over
+                assert (
+                    games.actions[env] == launches[env].pop(0)
+                    and truncations[env]
+                    and env not in over
+                )
                 continue
             frame, *answer, info = reference.step(asked[env])
-            assert [rewards[env], terminations[env], truncations[env]] == answer and games.actions[env] == asked[env]
+            assert [rewards[env], terminations[env], truncations[env]] == answer and games.actions[
+                env
+            ] == asked[env]
             stacks[env] = np.concatenate([stacks[env][1:], frame.transpose(2, 0, 1)])
             if env in over:  # the image in which a game ends is never looked at
-                assert over[env] == [info["episode"]["r"], reference.unwrapped.ale.getEpisodeFrameNumber()]
+                assert over[env] == [
+                    info["episode"]["r"],
+                    reference.unwrapped.ale.getEpisodeFrameNumber(),
+                ]
             else:
                 assert "episode" not in info and (games.obs[env, -1] == frame[:, :, 0]).all()
             if terminations[env]:
@@ -91,7 +115,7 @@ def test_every_game_is_bit_identical_to_the_reference_wrappers(game, monkeypatch
 
 def test_a_game_whose_first_action_fires_is_not_launched():
     """Backgammon has FIRE, but no NOOP, and its second action is another."""
-    assert not AtariGames(Args(env_id="ALE/Backgammon-v5"), np.array([1])).launching.any()
+    assert not AtariGames(Args(env_id="ALE/Backgammon-v5"), np.array([1])).forced_left.any()
 
 
 def test_a_game_begins_with_0_to_29_frames_of_waiting(monkeypatch):
@@ -105,7 +129,9 @@ def test_a_game_begins_with_0_to_29_frames_of_waiting(monkeypatch):
 def test_a_tall_image_of_all_games_is_shrunk_like_each_alone(height):
     """The heights of all games; four images of 210 lines, shrunk to 84, do not mix, nor do sixteen of 250."""
     for num_envs in (1, 2, 3, 4, 7, 16, 64):
-        images = np.random.default_rng(height).integers(256, size=(num_envs, 1, height, 160, 3), dtype=np.uint8)
+        images = np.random.default_rng(height).integers(
+            256, size=(num_envs, 1, height, 160, 3), dtype=np.uint8
+        )
         alone = [cv2.cvtColor(image, cv2.COLOR_RGB2GRAY) for image in images[:, 0]]
         alone = [cv2.resize(image, (84, 84), interpolation=cv2.INTER_AREA) for image in alone]
         assert (AtariGames.grey(MagicMock(images=images)) == alone).all()
@@ -113,9 +139,14 @@ def test_a_tall_image_of_all_games_is_shrunk_like_each_alone(height):
 
 @pytest.mark.parametrize(
     "game, num_envs, seed, sticky, max_frames",
-    [("Breakout", 4, 2**31 - 2, 0.0, 108_000), ("SpaceInvaders", 3, 5, 0.25, 400)],  # the first has the largest seeds
+    [
+        ("Breakout", 4, 2**31 - 2, 0.0, 108_000),
+        ("SpaceInvaders", 3, 5, 0.25, 400),
+    ],  # the first has the largest seeds
 )
-def test_several_games_are_those_of_their_seeds(game, num_envs, seed, sticky, max_frames, monkeypatch):
+def test_several_games_are_those_of_their_seeds(
+    game, num_envs, seed, sticky, max_frames, monkeypatch
+):
     """Environment i of seed s is the single game of seed s + i, in all it shows, also if actions stick."""
     emulators_with(monkeypatch, max_num_frames_per_episode=max_frames)
     games = new_games(game, num_envs, seed, repeat_action_probability=sticky)
@@ -125,8 +156,12 @@ def test_several_games_are_those_of_their_seeds(game, num_envs, seed, sticky, ma
     assert (games.obs == np.concatenate([single.obs for single in singles])).all()
     alone = [play(single, actions[:, [env]]) for env, single in enumerate(singles)]
     for (*together, finished), *apart in zip(play(games, actions), *alone):
-        assert all((fields[0] == np.concatenate(fields[1:])).all() for fields in zip(together, *apart))
-        assert finished == [(env, *of_game[1:]) for env, of_env in enumerate(apart) for of_game in of_env[-1]]
+        assert all(
+            (fields[0] == np.concatenate(fields[1:])).all() for fields in zip(together, *apart)
+        )
+        assert finished == [
+            (env, *of_game[1:]) for env, of_env in enumerate(apart) for of_game in of_env[-1]
+        ]
         ended += len(finished)
     assert ended >= 2 and len({stack.tobytes() for stack in games.obs}) == num_envs
 
@@ -144,7 +179,9 @@ def test_actions_stick_when_asked_or_when_the_name_says_so():
         for env_id in ("SpaceInvaders" + KIND, "ALE/SpaceInvaders-v5")
     )
     assert older[1:] == newer[1:] and older[0] == older[1] != newer[0] == newer[2]
-    left, right = (last_images("ALE/Breakout-v5", np.full_like(actions, action), 1.0) for action in (2, 3))
+    left, right = (
+        last_images("ALE/Breakout-v5", np.full_like(actions, action), 1.0) for action in (2, 3)
+    )
     assert left == right
 
 
@@ -153,7 +190,10 @@ def test_a_time_limit_truncates_and_never_terminates(monkeypatch):
     emulators_with(monkeypatch, max_num_frames_per_episode=400)
     steps = list(play(new_games("Pong", 3, 3), np.full((250, 3), 3)))
     terminations, truncations, actions, obs = (np.stack(field) for field in list(zip(*steps))[1:5])
-    cut, finished = [0, 1, 99, 100, 101, 199, 200, 201], [[env for env, *_ in step[-1]] for step in steps]
+    cut, finished = (
+        [0, 1, 99, 100, 101, 199, 200, 201],
+        [[env for env, *_ in step[-1]] for step in steps],
+    )
     assert (truncations.nonzero()[0] == np.repeat(cut, 3)).all() and not terminations.any()
     assert finished[99] == finished[199] == [0, 1, 2] and sum(map(len, finished)) == 6
     assert (obs[cut] == obs[cut][:, :, -1:]).all(), "the stack begins anew"
@@ -166,15 +206,18 @@ def test_samples_are_the_steps_that_were_played(game, max_frames, monkeypatch):
     """Through the real replay and back: no stack or return crosses an end, and what the agent did not choose is out."""
     emulators_with(monkeypatch, max_num_frames_per_episode=max_frames)
     games, doubled = new_games(game, 3, 5), Doubled(450, 3)
-    obs, chosen = games.obs, np.random.default_rng(0).integers(3, games.num_actions, size=(200, 3))  # none that launch
+    obs, chosen = (
+        games.obs,
+        np.random.default_rng(0).integers(3, games.num_actions, size=(200, 3)),
+    )  # none that launch
     for *outcome, actions, next_obs, _, _ in play(games, chosen):
         doubled.add(obs, actions, *outcome)
         obs = next_obs
     doubled.check(n_step=3)
     replay, launched = doubled.replay, doubled.replay.actions < 3
-    assert launched.sum() > 6 and replay.truncations[launched].all()
-    assert (replay.truncations & ~launched).any() == (game == "Pong") != replay.terminations.any()
-    assert sum(block.nbytes for block in replay.state_dict()["frames"]) < replay.frames.nbytes / 8
+    assert launched.sum() > 6 and replay.no_successor[launched].all()
+    assert (replay.no_successor & ~launched).any() == (game == "Pong") != replay.terminations.any()
+    assert sum(block.nbytes for block in pack(replay)["frames"]) < replay.frames.nbytes / 8
 
 
 def fond_of_left(obs: torch.Tensor) -> torch.Tensor:
@@ -184,8 +227,11 @@ def fond_of_left(obs: torch.Tensor) -> torch.Tensor:
 def test_an_evaluation_plays_as_many_games_of_each_environment_as_was_said_before(monkeypatch):
     """Twelve games of ten environments, of which i ends one every i + 1 steps: two of the first and second each. They
     come in the order of the environments, so that those that were over first are not the first ten."""
-    ends = [[(env, 100.0 * env + step, 4) for env in range(10) if step % (env + 1) == 0] for step in range(1, 11)]
-    outcomes = {"step_wait.side_effect": [(None, finished) for finished in ends]}
+    ends = [
+        [(env, 100.0 * env + step, 4) for env in range(10) if step % (env + 1) == 0]
+        for step in range(1, 11)
+    ]
+    outcomes = {"step_wait.side_effect": [MagicMock(finished=finished) for finished in ends]}
     games, args = MagicMock(obs=np.zeros((10, 4, 84, 84), np.uint8), **outcomes), Args(seed=1)
     monkeypatch.setattr(qdagger, "AtariGames", MagicMock(return_value=games))
     scores = evaluate(fond_of_left, args, 12, "cpu")
@@ -217,7 +263,7 @@ def test_an_evaluation_is_always_the_same_and_its_first_game_is_filmed(monkeypat
         def step_wait(self):
             images[-1].append(self.images[0, 0])
             outcome = super().step_wait()
-            ended[-1].append([env for env, *_ in outcome[-1]])
+            ended[-1].append([game.env for game in outcome.finished])
             return outcome
 
     monkeypatch.setattr(qdagger, "AtariGames", Watched)
@@ -231,7 +277,7 @@ def test_an_evaluation_is_always_the_same_and_its_first_game_is_filmed(monkeypat
     assert scores[0] == scores[2] and np.array_equal(images[0], images[2][:steps])
     assert not np.array_equal(images[0][:50], images[1][:50])
     module.FFMPEG_VideoWriter.assert_called_once_with(str(path), (160, 210), fps=15)
-    video = module.FFMPEG_VideoWriter.return_value.__enter__.return_value.write_frame.call_args_list
+    video = module.FFMPEG_VideoWriter.return_value.write_frame.call_args_list
     assert length < steps and np.array_equal([call.args[0] for call in video], images[0][:length])
-    with pytest.raises(KeyboardInterrupt, match="15"):
+    with pytest.raises(qdagger.Stopped, match="15"):
         evaluate(fond_of_left, args, 2, "cpu", stop=[15])

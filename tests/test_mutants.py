@@ -26,7 +26,17 @@ def test_the_suite_turns_red_if_something_is_wrong_and_only_then(name, tmp_path)
         shutil.copytree(ROOT / each, tmp_path / each)
     for each in ("README.md", "pyproject.toml", "LICENSE"):
         shutil.copy(ROOT / each, tmp_path)
-    (tmp_path / PROGRAM).write_text((ROOT / PROGRAM).read_text().replace(*MUTANTS.get(name, ("", ""))))
-    command = [sys.executable, "-m", "pytest", "-x", "-n", "0", *(f"tests/test_{each}.py" for each in TESTS)]
+    (tmp_path / PROGRAM).write_text(
+        (ROOT / PROGRAM).read_text().replace(*MUTANTS.get(name, ("", "")))
+    )
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-x",
+        "-n",
+        "0",
+        *(f"tests/test_{each}.py" for each in TESTS),
+    ]
     suite = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert suite.returncode == (name in MUTANTS), suite.stdout[-2000:]

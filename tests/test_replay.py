@@ -8,7 +8,16 @@ import torch
 from hypothesis import assume, given, settings, strategies
 from scipy.stats import chisquare
 
-from qdagger_dqn_atari_impalacnn import STACK, FrameReplay, load_teacher_buffer, write
+import qdagger_dqn_atari_impalacnn as qdagger
+from qdagger_dqn_atari_impalacnn import (
+    STACK,
+    FrameReplay,
+    GameStep,
+    load_teacher_buffer,
+    pack,
+    unpack,
+    write,
+)
 
 GAMMA = 0.9
 
@@ -22,7 +31,8 @@ class Doubled:
 
     def add(self, obs, actions, rewards, terminations, truncations) -> None:
         names = torch.tensor([[len(self.steps), env] for env in range(self.num_envs)]).float()
-        self.replay.add(obs[:, -1], actions, rewards, terminations, truncations, names)
+        step = GameStep(actions, rewards, terminations, truncations, [])
+        self.replay.add(torch.as_tensor(obs[:, -1]), step, names)
         self.steps.append((obs, actions, rewards, terminations, truncations))
 
     def new_frames(self) -> np.ndarray:
@@ -36,7 +46,10 @@ class Doubled:
         rng = np.random.default_rng(seed)
         obs = self.new_frames()[:, None].repeat(STACK, axis=1)
         for now in ends:
-            actions, rewards = rng.integers(6, size=self.num_envs), rng.normal(size=self.num_envs).astype(np.float32)
+            actions, rewards = (
+                rng.integers(6, size=self.num_envs),
+                rng.normal(size=self.num_envs).astype(np.float32),
+            )
             self.add(obs, actions, rewards, (now & 1) > 0, now > 1)
             frames, ended = self.new_frames()[:, None], (now > 0)[:, None, None, None]
             obs = np.where(ended, frames, np.concatenate([obs[:, 1:], frames], axis=1))
@@ -56,7 +69,12 @@ class Doubled:
         """All steps that fit, less the oldest 3, whose stacks lack frames, the newest n, and those truncated."""
         oldest = max(0, len(self.steps) - math.ceil(self.capacity / self.num_envs) + STACK - 1)
         times = range(oldest, len(self.steps) - n_step)
-        return {(time, env) for time in times for env in range(self.num_envs) if not self.steps[time][-1][env]}
+        return {
+            (time, env)
+            for time in times
+            for env in range(self.num_envs)
+            if not self.steps[time][-1][env]
+        }
 
     def check(self, n_step: int) -> None:
         """Exactly those are drawn, and all of a transition is as it was seen."""
@@ -87,22 +105,28 @@ def random_ends(steps: int, num_envs: int, seed=0, share: float = 0.15) -> np.nd
 @pytest.mark.parametrize("examples", [40, pytest.param(3000, marks=pytest.mark.long)])
 def test_samples_of_any_history_are_what_a_naive_store_holds(examples, monkeypatch):
     """Any number of games, room, n and ends, before and after the ring has wrapped around; saved, loaded, played on."""
-    monkeypatch.setattr(FrameReplay, "BLOCK", 7)
-    whole, parts = strategies.integers, strategies.lists(strategies.integers(1, 40), min_size=1, max_size=3)
+    monkeypatch.setattr(qdagger, "BLOCK", 7)
+    whole, parts = (
+        strategies.integers,
+        strategies.lists(strategies.integers(1, 40), min_size=1, max_size=3),
+    )
     share = strategies.floats(0, 0.8, allow_subnormal=False)  # of steps that end an episode
 
     @settings(max_examples=examples, deadline=None, derandomize=True, database=None)
     @given(whole(1, 16), whole(1, 5), whole(0, 20), whole(0, 15), parts, share, whole(0, 2**32))
     def holds(num_envs, n_step, rows, short, parts, share, seed):
-        capacity = (n_step + STACK + rows) * num_envs - short % num_envs  # room for so many more rows than it needs
+        capacity = (
+            n_step + STACK + rows
+        ) * num_envs - short % num_envs  # room for so many more rows than it needs
         doubled = Doubled(capacity, num_envs)
         for part, steps in enumerate(parts):
             if part:
-                doubled.replay = FrameReplay(capacity, num_envs, 2, state=doubled.replay.state_dict())
+                state, doubled.replay = pack(doubled.replay), FrameReplay(capacity, num_envs, 2)
+                unpack(state, doubled.replay)
                 doubled.steps[-1][-1][:] = True  # the last step is truncated
             doubled.play(random_ends(steps, num_envs, [seed, part], share), seed)
         candidates = num_envs * (min(sum(parts), n_step + 1 + rows) - n_step)
-        assume(len(doubled.drawable(n_step)) > 0.5 * candidates > 0)
+        assume(len(doubled.drawable(n_step)) > 0.2 * candidates > 0)
         doubled.check(n_step)
 
     holds()
@@ -121,13 +145,15 @@ def test_draws_are_uniform_over_environments_and_time():
 
 def test_a_frame_is_stored_once_and_restored_from_a_far_smaller_file(tmp_path, monkeypatch):
     """Of a replay that has wrapped around; what is restored ends with a truncated row."""
-    monkeypatch.setattr(FrameReplay, "BLOCK", 16)
+    monkeypatch.setattr(qdagger, "BLOCK", 16)
     doubled, file, restored = Doubled(90, 3), tmp_path / "buffer.pt", FrameReplay(90, 3, 2)
     doubled.play(random_ends(100, 3))
-    write({"made_with": {"num_envs": 3}, "replay": doubled.replay.state_dict()}, file)
+    write({"made_with": {"num_envs": 3}, "replay": pack(doubled.replay)}, file)
     load_teacher_buffer(file, {"num_envs": 3}, restored)
-    doubled.replay.truncations[99 % 30 * 3 + torch.arange(3)] = True
-    tensors = {name: value for name, value in vars(doubled.replay).items() if torch.is_tensor(value)}
+    doubled.replay.no_successor[99 % 30 * 3 + torch.arange(3)] = True
+    tensors = {
+        name: value for name, value in vars(doubled.replay).items() if torch.is_tensor(value)
+    }
     assert all(torch.equal(value, getattr(restored, name)) for name, value in tensors.items())
     assert 84 * 84 < sum(value.nbytes for value in tensors.values()) / 90 < 84 * 84 + 50
     assert file.stat().st_size / 90 < 84 * 84 / 20

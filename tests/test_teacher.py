@@ -18,14 +18,24 @@ from sb3_contrib import QRDQN, RecurrentPPO
 from stable_baselines3 import A2C, DQN, PPO
 
 import qdagger_dqn_atari_impalacnn as qdagger
-from qdagger_dqn_atari_impalacnn import Args, FrameReplay, QNetwork, TeacherNetwork, find_teacher, load_network
+from qdagger_dqn_atari_impalacnn import (
+    Args,
+    FrameReplay,
+    ImpalaCNN,
+    NatureCNN,
+    find_teacher,
+    load_network,
+    pack,
+)
 
 PONG, QBERT = "PongNoFrameskip-v4", "QbertNoFrameskip-v4"
 TEACHERS = PROGRAM.parent / "teachers"
-OBS = torch.randint(256, (5, 4, 84, 84), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+OBS = torch.randint(
+    256, (5, 4, 84, 84), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+)
 
 
-@pytest.mark.parametrize("network_class", [TeacherNetwork, QNetwork])
+@pytest.mark.parametrize("network_class", [NatureCNN, ImpalaCNN])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_a_loaded_model_is_the_one_that_was_saved(tmp_path, network_class, dtype):
     """Class told from the tensors, Q-values equal, float32 whatever the file has, nothing left to train."""
@@ -33,12 +43,18 @@ def test_a_loaded_model_is_the_one_that_was_saved(tmp_path, network_class, dtype
     torch.save(network.state_dict(), tmp_path / "model")
     loaded = load_network(tmp_path / "model", 6, "--teacher")
     assert type(loaded) is network_class
-    assert all(value.dtype == torch.float32 and not value.requires_grad for value in loaded.parameters())
+    assert all(
+        value.dtype == torch.float32 and not value.requires_grad for value in loaded.parameters()
+    )
     with torch.no_grad():
-        assert torch.equal(loaded(OBS), network.float().to(memory_format=torch.contiguous_format)(OBS))
+        assert torch.equal(
+            loaded(OBS), network.float().to(memory_format=torch.contiguous_format)(OBS)
+        )
 
 
-def sb3(path: Path, algorithm=DQN, policy="CnnPolicy", num_actions=4, shape=(84, 84, 4), **policy_kwargs):
+def sb3(
+    path: Path, algorithm=DQN, policy="CnnPolicy", num_actions=4, shape=(84, 84, 4), **policy_kwargs
+):
     """A policy of stable-baselines3, whose model it saves to `path` itself."""
     screen = gym.Env()
     screen.observation_space = gym.spaces.Box(0, 255, shape, np.uint8)
@@ -61,7 +77,13 @@ def real_obs() -> torch.Tensor:
     return torch.as_tensor(games.obs)
 
 
-AGENTS = [(DQN, {}), (QRDQN, {"n_quantiles": 50}), (PPO, {}), (PPO, {"share_features_extractor": False}), (A2C, {})]
+AGENTS = [
+    (DQN, {}),
+    (QRDQN, {"n_quantiles": 50}),
+    (PPO, {}),
+    (PPO, {"share_features_extractor": False}),
+    (A2C, {}),
+]
 
 
 @pytest.mark.parametrize("algorithm, options", AGENTS)
@@ -70,20 +92,22 @@ def test_a_stable_baselines3_zip_says_what_its_agent_says(tmp_path, real_obs, al
     path, temperature = tmp_path / "a.cleanrl_model", 0.3
     policy = sb3(path, algorithm, num_actions=6, **options)
     network = load_network(path, 6, "--teacher", temperature)
-    assert type(network) is TeacherNetwork
+    assert type(network) is NatureCNN
     for obs in (OBS, real_obs):
         with torch.no_grad():
             if algorithm in (PPO, A2C):
                 expected = policy.get_distribution(obs).distribution.logits
                 actual = torch.log_softmax(network(obs) / temperature, dim=1)
             else:
-                expected = policy.q_net(obs) if algorithm is DQN else policy.quantile_net(obs).mean(dim=1)
+                expected = (
+                    policy.q_net(obs) if algorithm is DQN else policy.quantile_net(obs).mean(dim=1)
+                )
                 actual = network(obs)
         assert expected.std() > 1e-3 and torch.equal(actual.argmax(1), expected.argmax(1))
         torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5)
 
 
-STATE = TeacherNetwork(4).state_dict()
+STATE = NatureCNN(4).state_dict()
 WHOLE, LAST = saved(STATE), "network.9.bias"
 
 
@@ -99,32 +123,48 @@ def test_what_is_no_model_is_refused_in_a_line(tmp_path):
     sb3(tmp_path / "recurrent.zip", RecurrentPPO, policy="CnnLstmPolicy", lstm_hidden_size=512)
     contents = [WHOLE[: int(share * len(WHOLE))] for share in (0, 0.001, 0.5, 0.9999)]
     contents += [np.random.default_rng(0).bytes(5000), (tmp_path / "DQN.zip").read_bytes()[:-9]]
-    contents += map(saved, ({}, {4: torch.zeros(4, 4)}, TeacherNetwork(6).state_dict()))
-    contents += [saved(STATE | {name: wrong}) for name, wrong in (("network.7.bias", STATE[LAST]), (LAST, [0.0] * 4))]
+    contents += map(saved, ({}, {4: torch.zeros(4, 4)}, NatureCNN(6).state_dict()))
+    contents += [
+        saved(STATE | {name: wrong})
+        for name, wrong in (("network.7.bias", STATE[LAST]), (LAST, [0.0] * 4))
+    ]
     for nth, content in enumerate(contents):
         (tmp_path / str(nth)).write_bytes(content)
     for path in [tmp_path, tmp_path / "missing", *tmp_path.iterdir()]:
         message = refusal(load_network, path, 4, "--teacher")
-        assert message.startswith(f"--teacher {path}: ") and "\n" not in message and "weights_only" not in message
+        assert (
+            message.startswith(f"--teacher {path}: ")
+            and "\n" not in message
+            and "weights_only" not in message
+        )
         assert path.suffix != ".zip" or "for the 4 actions of --env-id" in message
 
 
 def test_no_model_ever_runs_code_and_of_a_zip_only_the_policy_is_unpickled(tmp_path):
     path, victim = tmp_path / "model", tmp_path / "victim"
     sb3(tmp_path / "model.zip")
-    data, whole = (zipfile.ZipFile(tmp_path / "model.zip").read(name) for name in ("data", "policy.pth"))
+    data, whole = (
+        zipfile.ZipFile(tmp_path / "model.zip").read(name) for name in ("data", "policy.pth")
+    )
     code = saved(Malicious(victim))
 
     def load_zip(data: bytes, policy: bytes) -> None:
         with zipfile.ZipFile(path, "w") as target:
-            for name, content in {"data": data, "policy.optimizer.pth": code, "policy.pth": policy}.items():
+            for name, content in {
+                "data": data,
+                "policy.optimizer.pth": code,
+                "policy.pth": policy,
+            }.items():
                 target.writestr(name, content)
         load_network(path, 4, "--teacher")
 
     load_zip(data, whole)
     for contents in ((data, code), (code, whole)):
         assert refusal(load_zip, *contents).startswith(f"--teacher {path}: ")
-    for content, as_zip in ((Malicious(victim), True), (STATE | {"note": Malicious(victim)}, False)):
+    for content, as_zip in (
+        (Malicious(victim), True),
+        (STATE | {"note": Malicious(victim)}, False),
+    ):
         torch.save(content, path, _use_new_zipfile_serialization=as_zip)
         assert refusal(load_network, path, 4, "--teacher").startswith(f"--teacher {path}: ")
     assert not victim.exists()
@@ -144,7 +184,9 @@ def test_the_default_teacher_comes_from_the_hub_and_then_from_its_cache(hub):
         hub.files[repo, file], hub.commit_hash = content, content.hex().ljust(40, "0")
         path, reason = find_teacher(Args(env_id=PONG))
         assert (path.read_bytes(), reason) == (content, f"from the hub, {repo}")
-    assert {path for path in hub.requests if "/api/" not in path} == {f"/{repo}/resolve/main/{file}"}
+    assert {path for path in hub.requests if "/api/" not in path} == {
+        f"/{repo}/resolve/main/{file}"
+    }
     hub.close()
     path, reason = find_teacher(Args(env_id=PONG))
     assert (path.read_bytes(), reason) == (b"new", f"from the cache of the hub, {repo}")
@@ -157,9 +199,15 @@ def test_repository_and_file_follow_the_flags(hub):
     c51 = {"teacher_model_exp_name": "c51_atari"}
     for flags, place in [
         ({"env_id": QBERT, **c51}, default(QBERT, "c51_atari")),
-        ({"teacher_policy_hf_repo": "bob/teachers", **c51}, ("bob/teachers", "c51_atari.cleanrl_model")),
+        (
+            {"teacher_policy_hf_repo": "bob/teachers", **c51},
+            ("bob/teachers", "c51_atari.cleanrl_model"),
+        ),
         ({"env_id": "ALE/Qbert-v5", **c51}, default(QBERT, "c51_atari")),
-        *(({"teacher_policy_hf_repo": f"sb3/{name}", **c51}, (f"sb3/{name}", f"{name}.zip")) for name in SB3_NAMES),
+        *(
+            ({"teacher_policy_hf_repo": f"sb3/{name}", **c51}, (f"sb3/{name}", f"{name}.zip"))
+            for name in SB3_NAMES
+        ),
     ]:
         hub.files[place] = content = repr(place).encode()
         assert find_teacher(Args(**flags))[0].read_bytes() == content
@@ -175,16 +223,25 @@ def test_out_of_reach_the_bundled_teacher_teaches_within_ten_seconds(hub, silent
     start = time.perf_counter()
     path, reason = find_teacher(Args(env_id="ALE/Pong-v5" if silent else PONG))
     assert time.perf_counter() - start < 10
-    assert (path, reason) == (TEACHERS / f"{PONG}.cleanrl_model", "bundled: the hub is out of reach")
+    assert (path, reason) == (
+        TEACHERS / f"{PONG}.cleanrl_model",
+        "bundled: the hub is out of reach",
+    )
 
 
 def test_a_hub_that_knows_no_such_file_is_told_from_one_that_is_too_busy(hub):
     """Its answer is in the line, and neither the bundled teacher of the game nor then the cached one is used; if it is
     asked too often, or has an error of its own, it is as if it were out of reach."""
-    for reason in ("bundled: the hub is out of reach", f"from the cache of the hub, {default(PONG)[0]}"):
+    for reason in (
+        "bundled: the hub is out of reach",
+        f"from the cache of the hub, {default(PONG)[0]}",
+    ):
         for hub.status in (401, 403, 404):
             message = refusal(find_teacher, Args(env_id=PONG))
-            assert message.startswith(f"--teacher-policy-hf-repo {default(PONG)[0]}: ") and str(hub.status) in message
+            assert (
+                message.startswith(f"--teacher-policy-hf-repo {default(PONG)[0]}: ")
+                and str(hub.status) in message
+            )
         for hub.status in (429, 500, 503):
             assert find_teacher(Args(env_id=PONG))[1] == reason
         hub.files[default(PONG)], hub.status = WHOLE, 0
@@ -203,7 +260,10 @@ def test_a_bundled_teacher_is_no_stand_in_for_another(hub):
 
 def test_the_bundled_teachers_are_those_of_their_cards_and_of_the_readme_and_can_be_loaded():
     """One for the default game among them, in half precision, with the SHA-256 and the score on the card."""
-    bundled, readme = {path.stem: path for path in TEACHERS.glob("*.cleanrl_model")}, PROGRAM.with_name("README.md")
+    bundled, readme = (
+        {path.stem: path for path in TEACHERS.glob("*.cleanrl_model")},
+        PROGRAM.with_name("README.md"),
+    )
     assert Args().env_id in bundled
     for env_id, path in bundled.items():
         card = path.with_suffix(".md").read_text()
@@ -211,17 +271,21 @@ def test_the_bundled_teachers_are_those_of_their_cards_and_of_the_readme_and_can
         assert f"[{score}](teachers/{env_id}.md)" in readme.read_text()
         assert hashlib.sha256(path.read_bytes()).hexdigest() in card
         assert {value.dtype for value in torch.load(path).values()} == {torch.float16}
-        load_network(path, qdagger.AtariGames(Args(env_id=env_id), np.array([1])).num_actions, "--teacher")
+        load_network(
+            path, qdagger.AtariGames(Args(env_id=env_id), np.array([1])).num_actions, "--teacher"
+        )
 
 
 def test_a_damaged_buffer_is_refused_and_never_runs_code(tmp_path):
     """Truncated, incomplete or something else: a line with the flag, and nothing runs."""
     path, victim, replay = tmp_path / "buffer", tmp_path / "victim", FrameReplay(8, 4, 4)
     replay.written += 2
-    whole = {"made_with": {"num_envs": 1}, "replay": replay.state_dict()}
+    whole = {"made_with": {"num_envs": 1}, "replay": pack(replay)}
     damaged = [saved(whole)[: int(share * len(saved(whole)))] for share in (0, 0.01, 0.5, 0.9999)]
     damaged += [WHOLE, b"\x00\x01" * 999, saved([1]), saved(Malicious(victim))]
-    for name, other in dict(actions=None, frames=[torch.zeros(9).byte()], rewards=torch.zeros(7)).items():
+    for name, other in dict(
+        actions=None, frames=[torch.zeros(9).byte()], rewards=torch.zeros(7)
+    ).items():
         damaged.append(saved(whole | {"replay": whole["replay"] | {name: other}}))
     load = partial(qdagger.load_teacher_buffer, path, whole["made_with"], FrameReplay(8, 4, 4))
     for content in damaged:
@@ -232,28 +296,43 @@ def test_a_damaged_buffer_is_refused_and_never_runs_code(tmp_path):
     assert not victim.exists()
 
 
-UPLOAD = ["--num-envs=1", "--total-timesteps=28", "--offline-steps=0", "--network=nature", "--batch-size=4"]
-UPLOAD += ["--buffer-size=7", "--teacher-steps=56", "--no-cuda", "--save-model", "--upload-model"]  # just enough
+UPLOAD = [
+    "--num-envs=1",
+    "--total-timesteps=28",
+    "--offline-steps=0",
+    "--network=nature",
+    "--batch-size=4",
+]
+UPLOAD += [
+    "--buffer-size=7",
+    "--teacher-steps=56",
+    "--no-cuda",
+    "--save-model",
+    "--upload-model",
+]  # just enough
 NAME = "BreakoutNoFrameskip-v4-qdagger_dqn_atari_impalacnn-seed1"
 
 
 @pytest.fixture
 def api(monkeypatch) -> MagicMock:
     """In place of the hub's client; its `mock_calls` have evaluations as well, whose scores are made up."""
-    api = MagicMock(**{"evaluate.return_value": [2.0, 5.0]})
+    me = {"name": "me", "orgs": [{"name": "lab"}]}
+    api = MagicMock(**{"evaluate.return_value": [2.0, 5.0], "whoami.return_value": me})
     monkeypatch.setattr(qdagger, "evaluate", api.evaluate)
     monkeypatch.setattr(qdagger, "HfApi", lambda: api)
     return api
 
 
-def test_the_repository_is_made_before_the_first_game_and_holds_the_run_in_the_end(api, command_line, make_model):
+def test_who_may_upload_is_asked_before_the_first_game_and_the_run_is_published_in_the_end(
+    api, command_line, make_model
+):
     """Model, event files, and a card with the score; no checkpoint."""
     code, out, _ = command_line(*UPLOAD, "--hf-entity", "lab", "--teacher", make_model(4))
     (run,) = Path("runs").iterdir()
     assert code == 0 and out.splitlines()[-1] == f"{run}: 3.50 ± 1.50 over 2 games"
-    calls = ["create_repo", "evaluate", "evaluate", "create_repo", "upload_folder"]
+    calls = ["whoami", "evaluate", "evaluate", "create_repo", "upload_folder"]
     assert [name for name, *_ in api.mock_calls] == calls
-    assert api.create_repo.call_args_list == 2 * [call(f"lab/{NAME}", exist_ok=True)]
+    assert api.create_repo.call_args_list == [call(f"lab/{NAME}", exist_ok=True)]
     folder = dict(folder_path=run, ignore_patterns="checkpoint*")
     api.upload_folder.assert_called_with(repo_id=api.create_repo.return_value.repo_id, **folder)
     files = {"qdagger_dqn_atari_impalacnn", "README", "events", "checkpoint"}
@@ -263,17 +342,23 @@ def test_the_repository_is_made_before_the_first_game_and_holds_the_run_in_the_e
     assert (result.metric_value, result.dataset_name) == ("3.50 ± 1.50", "BreakoutNoFrameskip-v4")
 
 
-def test_an_upload_that_fails_in_the_end_is_made_up_for_by_resuming_the_run(api, command_line, make_model):
+def test_an_upload_that_fails_in_the_end_is_made_up_for_by_resuming_the_run(
+    api, command_line, make_model
+):
     api.upload_folder.side_effect = [OSError("a cable"), None]
     code, _, err = command_line(*UPLOAD, "--teacher", make_model(4))
     (run,) = Path("runs").iterdir()
     assert code == 2 and re.fullmatch(r"error: --upload-model.*a cable\)", err.splitlines()[-1])
     assert command_line("--resume", run)[0] == 0 and api.upload_folder.call_count == 2
-    assert "3.50" in (run / "README.md").read_text() and api.create_repo.call_args == call(NAME, exist_ok=True)
+    assert "3.50" in (run / "README.md").read_text() and api.create_repo.call_args == call(
+        NAME, exist_ok=True
+    )
 
 
 @pytest.mark.parametrize("status", [401, 403, 0])
-def test_who_cannot_upload_is_told_so_before_the_first_game(command_line, hub, monkeypatch, tmp_path, status):
+def test_who_cannot_upload_is_told_so_before_the_first_game(
+    command_line, hub, monkeypatch, tmp_path, status
+):
     """The hub does not know the token, its user may not, the hub is out of reach."""
     monkeypatch.setenv("HF_TOKEN", "hf_token")
     hub.status = status

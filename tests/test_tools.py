@@ -57,30 +57,46 @@ def grid(tmp_path):
     """grid(flags of each run, *options) starts tools/run.py; grid.runs are the directories of three runs."""
 
     def start_grid(lines, *options, **variables) -> subprocess.Popen:
-        text = [f"{run.name} --env-id PongNoFrameskip-v4 {flags}\n" for run, flags in zip(start_grid.runs, lines)]
+        text = [
+            f"{run.name} --env-id PongNoFrameskip-v4 {flags}\n"
+            for run, flags in zip(start_grid.runs, lines)
+        ]
         (tmp_path / "runs.txt").write_text("".join(text))
         options = "--program", FAKE, "--games=2", "--workers=1", *options
-        return start(sys.executable, ROOT / "tools/run.py", tmp_path / "runs.txt", *options, **variables)
+        return start(
+            sys.executable, ROOT / "tools/run.py", tmp_path / "runs.txt", *options, **variables
+        )
 
     start_grid.runs = [tmp_path / f"student-PongNoFrameskip-v4-{seed}" for seed in (1, 2, 3)]
     return start_grid
 
 
 def test_every_run_is_trained_and_scored_and_what_is_finished_is_skipped(grid):
-    lines = ["--save-model --repeat-action-probability=0.25", "--save-model --exp-name 'a b'", "--seed 3"]
+    lines = [
+        "--save-model --repeat-action-probability=0.25",
+        "--save-model --exp-name 'a b'",
+        "--seed 3",
+    ]
     assert end(grid(lines, "--line=3"))[0] == 0 and not grid.runs[0].exists()
     code, said = end(grid(lines, "--workers=2", CUDA_VISIBLE_DEVICES="2,5"))
     assert code == 0 and said.count("finished") == 2
     for run, gpu in zip(grid.runs, "25"):
         trained, evaluated = calls(run)
-        assert trained.startswith(gpu) and "--env-id PongNoFrameskip-v4 --eval-episodes 2" in evaluated
+        assert (
+            trained.startswith(gpu) and "--env-id PongNoFrameskip-v4 --eval-episodes 2" in evaluated
+        )
         assert (run / "score").read_text() == "7.00 ± 1.50 over 2 games of PongNoFrameskip-v4\n"
     assert "--exp-name a b" in calls(grid.runs[1])[0]
     assert calls(grid.runs[0])[1].endswith("--repeat-action-probability 0.25")
     assert len(calls(grid.runs[2])) == 1  # without a model there is nothing to play with
     assert end(grid(lines)) == (0, "")
     code, said = end(grid(["--save-model --gamma 0.9"]))
-    assert code == 2 and "other flags" in said and len(said.splitlines()) == 1 and len(calls(grid.runs[0])) == 2
+    assert (
+        code == 2
+        and "other flags" in said
+        and len(said.splitlines()) == 1
+        and len(calls(grid.runs[0])) == 2
+    )
 
 
 def test_what_was_killed_is_resumed_once_nobody_is_at_work_there(grid):
@@ -93,7 +109,10 @@ def test_what_was_killed_is_resumed_once_nobody_is_at_work_there(grid):
     assert code == 1 and "another process is at work there" in said and len(calls(run)) == 1
     os.kill(program, signal.SIGKILL)
     wait_for(lambda: end(grid([SLOW]))[0] == 0)
-    assert [re.findall("--slow|--resume|--evaluate", call)[0] for call in calls(run)[::2]] == ["--slow", "--evaluate"]
+    assert [re.findall("--slow|--resume|--evaluate", call)[0] for call in calls(run)[::2]] == [
+        "--slow",
+        "--evaluate",
+    ]
     assert "--resume" in calls(run)[1] and not before_its_first_checkpoint.exists()
 
 
@@ -127,9 +146,16 @@ def made_up_run(run: Path, evaluations: list[float], score: str, updates: int) -
     with SummaryWriter(run / "runs" / "RUN") as log:
         if updates:
             log.add_scalar("charts/teacher/avg_episodic_return", 20, 0, walltime=1000)
-            log.add_scalar("charts/offline/avg_episodic_return", evaluations[0], updates, walltime=1000)
+            log.add_scalar(
+                "charts/offline/avg_episodic_return", evaluations[0], updates, walltime=1000
+            )
         for nth in range(1, len(evaluations)):
-            log.add_scalar("eval/episodic_return", evaluations[nth], updates + 100 * nth, walltime=1000 + 10 * nth)
+            log.add_scalar(
+                "eval/episodic_return",
+                evaluations[nth],
+                updates + 100 * nth,
+                walltime=1000 + 10 * nth,
+            )
         for step in range(1200):
             log.add_scalar("losses/loss", step, step, walltime=1000 + step)
 
@@ -151,8 +177,16 @@ def test_event_files_and_the_csv_give_the_same_tables_and_figures(tmp_path, monk
 
     text, files = plotted(benchmark, "--out", out)
     assert plotted(out) == (text, files)  # from the CSV alone
-    assert set(files) == {"results.csv", "scores.csv", "aggregates.csv", "curves.png", "aggregates.png"}
-    assert all(plot.plt.imread(out / name).std() > 0.05 for name in ("curves.png", "aggregates.png"))
+    assert set(files) == {
+        "results.csv",
+        "scores.csv",
+        "aggregates.csv",
+        "curves.png",
+        "aggregates.png",
+    }
+    assert all(
+        plot.plt.imread(out / name).std() > 0.05 for name in ("curves.png", "aggregates.png")
+    )
     assert text.startswith("before\n<!--") and text.endswith("-->\nafter\n") and "old" not in text
     table = (
         "the teacher | 20.0 | –",
@@ -164,7 +198,11 @@ def test_event_files_and_the_csv_give_the_same_tables_and_figures(tmp_path, monk
     loss = rows[(rows.run == "student-PongNoFrameskip-v4-2") & (rows.tag == "losses/loss")]
     assert len(loss) == 400 and loss.step.max() == 1199 and (loss.step == loss.value).all()
     points = plot.evaluations(rows).set_index("run")[["step", "value", "minutes"]]
-    assert points.loc["student-PongNoFrameskip-v4-2"].values.tolist() == [[0, 5, 0], [100, 10, 1 / 6], [200, 14, 1 / 3]]
+    assert points.loc["student-PongNoFrameskip-v4-2"].values.tolist() == [
+        [0, 5, 0],
+        [100, 10, 1 / 6],
+        [200, 14, 1 / 3],
+    ]
     assert points.loc["scratch-PongNoFrameskip-v4-1", "step"].tolist() == [100, 200]
     table = plot.scores(rows).set_index(["kind", "seed"])
     assert table.loc["student", "1"].human_normalised == pytest.approx((11 + 20.7) / (14.6 + 20.7))
@@ -176,12 +214,22 @@ def test_event_files_and_the_csv_give_the_same_tables_and_figures(tmp_path, monk
 
 def test_interquartile_mean_and_intervals_are_the_known_ones():
     assert plot.interquartile_mean(np.arange(8.0) ** 2) == np.mean([4, 9, 16, 25])
-    games, rng = [level + np.linspace(-0.1, 0.1, 6) for level in (0.0, 1.0)], np.random.default_rng(1)
-    rows = [("student", "AB"[nth], seed, value, np.nan) for nth in (0, 1) for seed, value in enumerate(games[nth])]
+    games, rng = (
+        [level + np.linspace(-0.1, 0.1, 6) for level in (0.0, 1.0)],
+        np.random.default_rng(1),
+    )
+    rows = [
+        ("student", "AB"[nth], seed, value, np.nan)
+        for nth in (0, 1)
+        for seed, value in enumerate(games[nth])
+    ]
     table = pd.DataFrame(rows, columns=["kind", "game", "seed", *plot.MEASURES])
     (row,) = plot.aggregates(table).itertuples()
     assert (row.games, row.runs, row.iqm) == (2, 12, pytest.approx(0.5))
-    drawn = [np.sort(np.concatenate([rng.choice(game, 6) for game in games]))[3:9].mean() for _ in range(5000)]
+    drawn = [
+        np.sort(np.concatenate([rng.choice(game, 6) for game in games]))[3:9].mean()
+        for _ in range(5000)
+    ]
     assert [row.low, row.high] == pytest.approx(np.percentile(drawn, [2.5, 97.5]), abs=0.005)
     assert plot.aggregates(table.query("seed == 0")).empty  # one seed has no interval
 
@@ -194,8 +242,12 @@ def test_tables_of_the_readme_are_remade_from_what_is_committed():
             rows = plot.read_csv(directory / "results.csv")
             made[directory.name] = plot.markdown(rows, plot.labels_of(directory, rows))
     pages = [plot.README, *(ROOT / "results").glob("*/README.md")]
-    shown = dict(re.findall(pattern, "\n".join(page.read_text() for page in pages), flags=re.DOTALL))
-    assert made and made == {name: table for name, table in shown.items() if re.search(r"\d", table)}
+    shown = dict(
+        re.findall(pattern, "\n".join(page.read_text() for page in pages), flags=re.DOTALL)
+    )
+    assert made and made == {
+        name: table for name, table in shown.items() if re.search(r"\d", table)
+    }
     for path in (ROOT / "results" / "speed").glob("*.json"):
         content = json.loads(path.read_text())
         if "runs" in content:
@@ -222,19 +274,42 @@ def test_speed_of_variants_and_of_another_script(tmp_path, monkeypatch):
     script, out = tmp_path / "script.py", tmp_path / "speed.json"
     script.write_text(SCRIPT)
     monkeypatch.setattr(speed, "PROGRAM", script)
-    options = ["--env-id=PongNoFrameskip-v4", f"--teacher={TEACHER}", "--variants=--amp", "--repeats=1", f"--out={out}"]
-    monkeypatch.setattr(sys, "argv", ["speed.py", *options, f"--against=other script={sys.executable} {script}"])
+    options = [
+        "--env-id=PongNoFrameskip-v4",
+        f"--teacher={TEACHER}",
+        "--variants=--amp",
+        "--repeats=1",
+        f"--out={out}",
+    ]
+    monkeypatch.setattr(
+        sys, "argv", ["speed.py", *options, f"--against=other script={sys.executable} {script}"]
+    )
     speed.main()
     content = json.loads(out.read_text())
     (other,), (ours,) = content["runs"]["other script"], content["runs"]["this program --amp"]
-    assert [other[phase] for phase in speed.PHASES] == pytest.approx([400, 50, 25]) and other["host"] > 0.05
+    assert [other[phase] for phase in speed.PHASES] == pytest.approx([400, 50, 25]) and other[
+        "host"
+    ] > 0.05
     assert [ours[phase] for phase in speed.PHASES] == pytest.approx([400, 100, 50])
-    assert "| this program --amp | 400.0 (1.0×) | 100.0 (2.0×) | 50.0 (2.0×) | 10.0 |" in content["table"]
+    assert (
+        "| this program --amp | 400.0 (1.0×) | 100.0 (2.0×) | 50.0 (2.0×) | 10.0 |"
+        in content["table"]
+    )
     assert str(tmp_path) not in out.read_text()
 
 
 def benchmark(out: Path, *options, **variables) -> subprocess.Popen:
-    command = ["bash", ROOT / "benchmark.sh", "--env-ids", GAME, "--out", out, "--games", 2, *options]
+    command = [
+        "bash",
+        ROOT / "benchmark.sh",
+        "--env-ids",
+        GAME,
+        "--out",
+        out,
+        "--games",
+        2,
+        *options,
+    ]
     return start(*command, PYTHON=sys.executable, **variables)
 
 
@@ -244,10 +319,16 @@ def test_games_seeds_and_kinds_make_the_grid_and_share_a_buffer(tmp_path):
     code, said = end(benchmark(tmp_path, *options))
     assert code == 0 and said.index(f"buffer-{GAME}: finished") < said.index("student")
     assert buffer.read_text() == f"made by buffer-{GAME}"
-    of_kind = {"student": f"--teacher-buffer {buffer}", "scratch": "--teacher none", "kickstart": "--offline-steps 0"}
+    of_kind = {
+        "student": f"--teacher-buffer {buffer}",
+        "scratch": "--teacher none",
+        "kickstart": "--offline-steps 0",
+    }
     of_kind["offline"] = f"--teacher-buffer {buffer} --total-timesteps 0"
     assert (tmp_path / "runs.txt").read_text().replace(" \n", "\n").splitlines() == [
-        f"{kind}-{GAME}-{seed} {flags}{of_kind[kind]} --seed {seed} --save-model" for kind in of_kind for seed in (1, 2)
+        f"{kind}-{GAME}-{seed} {flags}{of_kind[kind]} --seed {seed} --save-model"
+        for kind in of_kind
+        for seed in (1, 2)
     ]
     assert end(benchmark(tmp_path, *options)) == (0, "")
     assert end(benchmark(tmp_path, *options, "--gamma", 3))[0] == 2
@@ -255,7 +336,10 @@ def test_games_seeds_and_kinds_make_the_grid_and_share_a_buffer(tmp_path):
 
 def test_wrong_options_get_one_line(tmp_path):
     wrong = {"--seed 1": "--seed: no such option", "--seeds": "--seeds: a value is missing"}
-    wrong |= {"--kinds teacher": "--kinds teacher: none of", "--program x.py": "--program x.py: there is no such file"}
+    wrong |= {
+        "--kinds teacher": "--kinds teacher: none of",
+        "--program x.py": "--program x.py: there is no such file",
+    }
     for options, words in wrong.items():
         code, said = end(benchmark(tmp_path, *options.split()))
         assert code == 2 and words in said and len(said.splitlines()) == 1
@@ -264,7 +348,16 @@ def test_wrong_options_get_one_line(tmp_path):
 def test_the_program_is_stopped_and_finishes(tmp_path, make_model):
     flags = "--network=nature --teacher-steps=224 --offline-steps=20 --total-timesteps=400 --learning-starts=200 "
     flags += "--buffer-size=2000 --teacher-eval-episodes=1 --eval-episodes=1 --teacher"
-    options = ["--env-ids", "ALE/Breakout-v5", "--seeds", 1, "--kinds", "student", "--", *flags.split()]
+    options = [
+        "--env-ids",
+        "ALE/Breakout-v5",
+        "--seeds",
+        1,
+        "--kinds",
+        "student",
+        "--",
+        *flags.split(),
+    ]
     options.append(make_model(4, action=1))
     process, log = benchmark(tmp_path, *options), tmp_path / "student-ALE-Breakout-v5-1" / "log"
     wait_for(lambda: log.exists() and "online:   " in log.read_text())
@@ -286,7 +379,10 @@ def slurm(tmp_path):
         pytest.skip("wants root and Slurm (Debian: slurm-wlm, munge)")
     home, host = tmp_path / "slurm", socket.gethostname().split(".")[0]
     (home / "state").mkdir(parents=True)
-    with socket.create_server(("127.0.0.1", 0)) as one, socket.create_server(("127.0.0.1", 0)) as other:
+    with (
+        socket.create_server(("127.0.0.1", 0)) as one,
+        socket.create_server(("127.0.0.1", 0)) as other,
+    ):
         ports = one.getsockname()[1], other.getsockname()[1]
     settings = f"""
 ClusterName=test, SlurmUser=root, SlurmctldHost={host}(127.0.0.1), SlurmctldPort={ports[0]}, SlurmdPort={ports[1]}
@@ -301,7 +397,9 @@ PartitionName=main Nodes={host} Default=YES State=UP
     variables = {"SLURM_CONF": str(home / "slurm.conf")}
 
     def run(*command) -> str:
-        return subprocess.run(command, env=os.environ | variables, check=True, capture_output=True, text=True).stdout
+        return subprocess.run(
+            command, env=os.environ | variables, check=True, capture_output=True, text=True
+        ).stdout
 
     files = [f"--{name}-file={home}/munge.{name}" for name in ("key", "log", "pid", "seed")]
     run("mungekey", "--create", f"--keyfile={home}/munge.key")
@@ -320,22 +418,32 @@ PartitionName=main Nodes={host} Default=YES State=UP
 
 def test_slurm_runs_warns_requeues_and_finishes(slurm, tmp_path):
     variables, run = slurm
-    template = (ROOT / "benchmark.slurm").read_text().replace("--cpus-per-task=4", "--cpus-per-task=1")
+    template = (
+        (ROOT / "benchmark.slurm").read_text().replace("--cpus-per-task=4", "--cpus-per-task=1")
+    )
     out, edited = tmp_path / "out", tmp_path / "edited.slurm"  # for a cluster without GPUs
     edited.write_text(re.sub("#SBATCH --(gpus|mem).*\n", "", template))
     student, offline = out / f"student-{GAME}-1", out / f"offline-{GAME}-1"
     options = ["--program", FAKE, "--seeds", 1, "--kinds", "student", "offline"]
     code, said = end(benchmark(out, *options, "--slurm", edited, "--", "--slow", **variables))
-    assert code == 0 and f"1 runs of {out}/buffers.txt: job" in said and f"2 runs of {out}/runs.txt: job" in said
+    assert (
+        code == 0
+        and f"1 runs of {out}/buffers.txt: job" in said
+        and f"2 runs of {out}/runs.txt: job" in said
+    )
     job = said.split("runs.txt: job ")[1].strip()
     for task, directory in enumerate((student, offline), 1):
         pid_of(directory)
         run("scancel", "--signal=USR1", "--batch", f"{job}_{task}")  # as before its time is over
-    wait_for(lambda: run("squeue", "-h", "-o", "%T").split() == ["PENDING"] * 2)  # both have written a checkpoint
+    wait_for(
+        lambda: run("squeue", "-h", "-o", "%T").split() == ["PENDING"] * 2
+    )  # both have written a checkpoint
     time.sleep(5)  # a node takes no job whose end it has seen within the same second
     run("scontrol", "update", f"JobId={job}", "StartTime=now")  # Slurm would wait for two minutes
     wait_for(lambda: not run("squeue", "-h"))
     for directory in (student, offline):
-        assert (directory / "signals").read_text() == str(int(signal.SIGUSR1)) and (directory / "score").exists()
+        assert (directory / "signals").read_text() == str(int(signal.SIGUSR1)) and (
+            directory / "score"
+        ).exists()
         assert ["--resume" in call for call in calls(directory)] == [False, True, False]
     assert (out / "buffers" / f"{GAME}.pt").read_text() == f"made by buffer-{GAME}"

@@ -29,7 +29,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 README = Path(__file__).resolve().parent.parent / "README.md"
 COLUMNS = ["run", "tag", "step", "value", "seconds"]
-POINTS = 500  # of a tag in the CSV; the episodes and losses of ten million steps would be a gigabyte
+POINTS = (
+    500  # of a tag in the CSV; the episodes and losses of ten million steps would be a gigabyte
+)
 LABELS = {
     "student": "QDagger student",
     "scratch": "DQN from scratch, same network",
@@ -87,10 +89,14 @@ def read_csv(path: Path) -> pd.DataFrame:
     rows = pd.read_csv(path, dtype={"run": str})
     if rows.empty:
         raise SystemExit(f"error: {path}: no run has logged anything yet")
-    rows[["kind", "game", "seed"]] = rows.run.str.extract(r"(\w+)-(?:ALE-)?(\w+?)(?:NoFrameskip-v4|-v5)-(\d+)")
+    rows[["kind", "game", "seed"]] = rows.run.str.extract(
+        r"(\w+)-(?:ALE-)?(\w+?)(?:NoFrameskip-v4|-v5)-(\d+)"
+    )
     teachers = path.with_name("teachers.csv")
     if teachers.exists():
-        rows.update(rows.game.map(pd.read_csv(teachers).mean()).rename("value")[rows.tag == TEACHER])
+        rows.update(
+            rows.game.map(pd.read_csv(teachers).mean()).rename("value")[rows.tag == TEACHER]
+        )
     return rows
 
 
@@ -125,9 +131,14 @@ def draw_curve(axes: plt.Axes, points: pd.DataFrame, x: str, label: str, style: 
     """The mean over seeds of one kind, its interval, and single seeds."""
     color, marker, line = style
     # The n-th evaluations of all seeds belong together; their time is the mean over seeds.
-    table = points.assign(nth=points.groupby("run").cumcount()).pivot(index="nth", columns="seed", values=["value", x])
+    table = points.assign(nth=points.groupby("run").cumcount()).pivot(
+        index="nth", columns="seed", values=["value", x]
+    )
     values = table["value"]
-    mean, half = values.mean(axis=1), stats.t.ppf(0.975, values.count(axis=1) - 1) * values.sem(axis=1)
+    mean, half = (
+        values.mean(axis=1),
+        stats.t.ppf(0.975, values.count(axis=1) - 1) * values.sem(axis=1),
+    )
     position = table[x].mean(axis=1)
     if x == "step" and (points.step == 0).all():  # offline only: its level, for comparison
         axes.axhline(mean.iloc[-1], label=label, color=color, linestyle=line)
@@ -142,7 +153,9 @@ def curves(rows: pd.DataFrame, labels: dict[str, str], path: Path) -> None:
     """A row of two panels per game: returns by online step and by wall-clock."""
     points, games = evaluations(rows), sorted(rows.game.unique())
     plt.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False})
-    figure, panels = plt.subplots(len(games), 2, figsize=(10, 3.4 * len(games)), squeeze=False, sharey="row")
+    figure, panels = plt.subplots(
+        len(games), 2, figsize=(10, 3.4 * len(games)), squeeze=False, sharey="row"
+    )
     for game, (by_step, by_time) in zip(games, panels):
         of_game = points[points.game == game]
         for (kind, label), style in zip(labels.items(), cycle(STYLES)):
@@ -153,19 +166,29 @@ def curves(rows: pd.DataFrame, labels: dict[str, str], path: Path) -> None:
                 draw_curve(by_time, of_kind, "minutes", label, style)
         teacher, chance = teacher_return(rows, game), RANDOM.get(game, np.nan)
         for axes in (by_step, by_time):
-            axes.axhline(teacher, color="black", linewidth=1, linestyle=(0, (1, 1)), label="the teacher")
-            axes.axhline(chance, color="grey", linewidth=1, linestyle=(0, (5, 2, 1, 2)), label="random play")
+            axes.axhline(
+                teacher, color="black", linewidth=1, linestyle=(0, (1, 1)), label="the teacher"
+            )
+            axes.axhline(
+                chance, color="grey", linewidth=1, linestyle=(0, (5, 2, 1, 2)), label="random play"
+            )
             axes.grid(alpha=0.3)
         shown = pd.Series([*of_game.value, teacher, chance]).dropna()
         margin = 0.05 * (shown.max() - shown.min())
         if margin > 0:  # an interval of few seeds can be far wider
             by_step.set_ylim(shown.min() - margin, shown.max() + margin)
         by_step.set_ylabel(f"return, {game}")
-        by_step.xaxis.set_major_formatter(lambda x, _: f"{x / 1e6:g}M" if abs(x) >= 1e6 else f"{x / 1e3:g}k")
+        by_step.xaxis.set_major_formatter(
+            lambda x, _: f"{x / 1e6:g}M" if abs(x) >= 1e6 else f"{x / 1e3:g}k"
+        )
     panels[-1][0].set_xlabel("online steps")
     panels[-1][1].set_xlabel("minutes since the program began")
-    legend = {name: handle for row in panels for handle, name in zip(*row[0].get_legend_handles_labels())}
-    figure.legend(legend.values(), legend.keys(), frameon=False, loc="lower center", ncols=3, fontsize=9)
+    legend = {
+        name: handle for row in panels for handle, name in zip(*row[0].get_legend_handles_labels())
+    }
+    figure.legend(
+        legend.values(), legend.keys(), frameon=False, loc="lower center", ncols=3, fontsize=9
+    )
     figure.tight_layout(rect=(0, 0.22 * -(-len(legend) // 3) / figure.get_figheight(), 1, 1))
     figure.savefig(path, dpi=150)
     plt.close(figure)
@@ -176,11 +199,15 @@ def curves(rows: pd.DataFrame, labels: dict[str, str], path: Path) -> None:
 
 def scores(rows: pd.DataFrame) -> pd.DataFrame:
     """The final score of every finished run, raw and normalised by human and by the teacher, both above random."""
-    table = rows[rows.tag == "score/mean"][["kind", "game", "seed", "value"]].rename(columns={"value": "score"})
+    table = rows[rows.tag == "score/mean"][["kind", "game", "seed", "value"]].rename(
+        columns={"value": "score"}
+    )
     chance, human = table.game.map(RANDOM).astype(float), table.game.map(HUMAN).astype(float)
     teacher = table.game.map(lambda game: teacher_return(rows, game)).astype(float)
     table["human_normalised"] = (table.score - chance) / (human - chance)
-    table["teacher_normalised"] = ((table.score - chance) / (teacher - chance)).where(teacher > chance)
+    table["teacher_normalised"] = ((table.score - chance) / (teacher - chance)).where(
+        teacher > chance
+    )
     return table.sort_values(["game", "kind", "seed"]).reset_index(drop=True)
 
 
@@ -203,7 +230,9 @@ def aggregates(table: pd.DataFrame) -> pd.DataFrame:
                 continue
             settings = {"n_resamples": 5000, "method": "percentile", "vectorized": True, "rng": 0}
             interval = stats.bootstrap(games, interquartile_mean, **settings).confidence_interval
-            result.append((kind, measure, len(games), len(known), interquartile_mean(*games), *interval))
+            result.append(
+                (kind, measure, len(games), len(known), interquartile_mean(*games), *interval)
+            )
     return pd.DataFrame(result, columns=["kind", "measure", "games", "runs", "iqm", "low", "high"])
 
 
@@ -233,7 +262,9 @@ def cell(runs: pd.DataFrame) -> str:
     """The scores of all seeds of one kind in one game: mean, 95% interval of three or more, share of the teacher's."""
     if runs.empty:
         return "–"
-    interval = f" ± {stats.t.ppf(0.975, len(runs) - 1) * runs.score.sem():.1f}" if len(runs) > 2 else ""
+    interval = (
+        f" ± {stats.t.ppf(0.975, len(runs) - 1) * runs.score.sem():.1f}" if len(runs) > 2 else ""
+    )
     share = runs.teacher_normalised.mean()
     return f"{runs.score.mean():.1f}{interval}" + ("" if np.isnan(share) else f", {share:.0%}")
 
@@ -241,7 +272,10 @@ def cell(runs: pd.DataFrame) -> str:
 def markdown(rows: pd.DataFrame, labels: dict[str, str]) -> str:
     """The README's table: a row for each kind, a column for each game."""
     table = scores(rows)
-    games, head = sorted(table.game.unique()), "mean score, 95% interval, share of the teacher's above random play"
+    games, head = (
+        sorted(table.game.unique()),
+        "mean score, 95% interval, share of the teacher's above random play",
+    )
     teachers = [f"{teacher_return(rows, game):.1f}".replace("nan", "–") for game in games]
     lines = [[head, *games, "seeds"], ["---"] * (len(games) + 2), ["the teacher", *teachers, "–"]]
     for kind, label in labels.items():
@@ -260,7 +294,9 @@ def into_readme(name: str, table: str, directory: Path) -> None:
         if found:
             readme.write_text(f"{before}{begin}\n{table}\n{end}{rest.partition(end)[2]}")
             return
-    raise SystemExit(f"error: --readme: neither {README} nor {directory}/README.md has a marker {begin}")
+    raise SystemExit(
+        f"error: --readme: neither {README} nor {directory}/README.md has a marker {begin}"
+    )
 
 
 def labels_of(out: Path, rows: pd.DataFrame) -> dict[str, str]:
@@ -272,7 +308,9 @@ def labels_of(out: Path, rows: pd.DataFrame) -> dict[str, str]:
 
 def json_tables(directory: Path) -> dict[str, str]:
     """Those of tools/speed.py, by the names of their files."""
-    contents = {path.stem: json.loads(path.read_text()) for path in sorted(directory.glob("*.json"))}
+    contents = {
+        path.stem: json.loads(path.read_text()) for path in sorted(directory.glob("*.json"))
+    }
     return {name: content["table"] for name, content in contents.items() if "table" in content}
 
 
@@ -296,16 +334,24 @@ def tables_of(directory: Path, out: Path) -> dict[str, str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("directory", type=Path, help="of tools/run.py's runs, or with a results.csv")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "directory", type=Path, help="of tools/run.py's runs, or with a results.csv"
+    )
     parser.add_argument("--out", type=Path, help="for what is written; unset: the same")
-    parser.add_argument("--readme", action="store_true", help="write the tables into README.md, or the directory's")
+    parser.add_argument(
+        "--readme", action="store_true", help="write the tables into README.md, or the directory's"
+    )
     args = parser.parse_args()
     out = args.out or args.directory
     out.mkdir(parents=True, exist_ok=True)
     tables = tables_of(args.directory, out)
     if not tables:
-        raise SystemExit(f"error: {args.directory}: neither runs of tools/run.py nor a results.csv in it")
+        raise SystemExit(
+            f"error: {args.directory}: neither runs of tools/run.py nor a results.csv in it"
+        )
     for name, table in tables.items():
         print(f"{name}\n{table}\n")
         if args.readme:

@@ -73,13 +73,22 @@ class Run:
         if self.trained.exists():
             model = self.model()
             env_id = model.parent.name.split("__")[0].replace("ALE-", "ALE/")
-            flags = ["--evaluate", str(model), "--env-id", env_id, "--eval-episodes", str(self.args.games)]
+            flags = [
+                "--evaluate",
+                str(model),
+                "--env-id",
+                env_id,
+                "--eval-episodes",
+                str(self.args.games),
+            ]
             sticky = re.findall(r"(--repeat.action.probability)[ =](\S+)", " ".join(self.flags))
             return [*flags, *chain(*sticky[-1:])]
         for checkpoint in self.directory.glob("runs/*/checkpoint*"):
             if checkpoint.suffix in (".pt", ".npz"):
                 return ["--resume", str(checkpoint.parent)]
-        shutil.rmtree(self.directory / "runs", ignore_errors=True)  # cut off before its first checkpoint
+        shutil.rmtree(
+            self.directory / "runs", ignore_errors=True
+        )  # cut off before its first checkpoint
         return self.flags
 
     def start(self, variables: dict[str, str]) -> bool:
@@ -138,7 +147,11 @@ def visible_gpus() -> list[str]:
     if shutil.which("nvidia-smi") is None:
         return []
     query = ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"]
-    return [line for line in subprocess.run(query, capture_output=True, text=True).stdout.split() if line.isdigit()]
+    return [
+        line
+        for line in subprocess.run(query, capture_output=True, text=True).stdout.split()
+        if line.isdigit()
+    ]
 
 
 def local_hub(home: Path, teacher: Path) -> dict[str, str]:
@@ -155,7 +168,9 @@ def train(runs: list[Run], workers: int, variables: dict[str, str], stops: list[
     """Finish all runs, so many at a time; the exit code. `stops` grows by the signals that come."""
     gpus, cores = visible_gpus(), os.cpu_count() or 1
     workers = workers or len(gpus) or max(1, cores // 2)
-    variables = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, cores // workers)))} | variables
+    variables = {
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, cores // workers)))
+    } | variables
     waiting = [run for run in runs if not run.finished]
     slots: list[Run | None] = [None] * workers
     passed_on = 0
@@ -184,24 +199,37 @@ def train(runs: list[Run], workers: int, variables: dict[str, str], stops: list[
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("lists", nargs="+", type=Path, help="the next begins when all runs of one are finished")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "lists", nargs="+", type=Path, help="the next begins when all runs of one are finished"
+    )
     parser.add_argument("--line", type=int, help="only this one, counted from 1")
-    parser.add_argument("--workers", type=int, help="runs at a time; unset: one per GPU, without one per two cores")
+    parser.add_argument(
+        "--workers", type=int, help="runs at a time; unset: one per GPU, without one per two cores"
+    )
     parser.add_argument("--games", type=int, default=30, help="that the final network plays")
     parser.add_argument("--program", type=Path, default=PROGRAM)
     parser.add_argument("--python", type=Path, default=Path(sys.executable), help="that runs it")
-    parser.add_argument("--hub-teacher", type=Path, help="ENV_ID.cleanrl_model, for a script that asks the hub")
+    parser.add_argument(
+        "--hub-teacher", type=Path, help="ENV_ID.cleanrl_model, for a script that asks the hub"
+    )
     args = parser.parse_args()
 
     stops: list[int] = []
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, lambda number, _: stops.append(number))
-    variables = local_hub(args.lists[0].parent / "hub", args.hub_teacher) if args.hub_teacher else {}
+    variables = (
+        local_hub(args.lists[0].parent / "hub", args.hub_teacher) if args.hub_teacher else {}
+    )
     lists = [read_list(path, args) for path in args.lists]
     for run in chain(*lists):
         if run.is_another():
-            parser.exit(2, f"error: {run.directory} was started with other flags; delete it, or take another list\n")
+            parser.exit(
+                2,
+                f"error: {run.directory} was started with other flags; delete it, or take another list\n",
+            )
     code = 0
     for runs in lists:
         code = code or train(runs, args.workers, variables, stops)

@@ -48,14 +48,20 @@ finally:
         peak = sys.modules["torch"].cuda.max_memory_reserved()
     print("peak device bytes:", peak)
 """
-SKIPPED = 2  # of the intervals between two logged points: first calls compile, allocate and warm caches
+SKIPPED = (
+    2  # of the intervals between two logged points: first calls compile, allocate and warm caches
+)
 
 
 @dataclass
 class Args:
     env_id: str = "BreakoutNoFrameskip-v4"
-    teacher: Path | None = None  # a Nature-CNN state dict called ENV_ID.cleanrl_model; unset: the bundled one
-    variants: tuple[str, ...] = ()  # flags of this program, one run each; unset: VARIANTS of the device
+    teacher: Path | None = (
+        None  # a Nature-CNN state dict called ENV_ID.cleanrl_model; unset: the bundled one
+    )
+    variants: tuple[
+        str, ...
+    ] = ()  # flags of this program, one run each; unset: VARIANTS of the device
     against: tuple[str, ...] = ()  # "NAME=PYTHON SCRIPT FLAG ..."; ratios are to the first of them
     teacher_steps: int = 4000
     offline_steps: int = 1000
@@ -88,7 +94,9 @@ def rate(events: EventAccumulator, tag: str) -> float:
 
 def teacher_buffer_rate(events: EventAccumulator, progress: str, teacher_steps: int) -> float:
     """As its progress bar says in the end; for a script without one, from the teacher's score to the first update."""
-    bar = re.findall(rf"teacher buffer: 100%.*?{teacher_steps}/{teacher_steps} \[.*?, *([\d.]+)step/s", progress)
+    bar = re.findall(
+        rf"teacher buffer: 100%.*?{teacher_steps}/{teacher_steps} \[.*?, *([\d.]+)step/s", progress
+    )
     if bar:
         return float(bar[-1])
     start = events.Scalars("charts/teacher/avg_episodic_return")[0].wall_time
@@ -97,14 +105,25 @@ def teacher_buffer_rate(events: EventAccumulator, progress: str, teacher_steps: 
 
 def measure(command: list, args: Args) -> dict[str, float]:
     """One short training: steps or updates per second of each phase, and peak memory in GB."""
-    names = ["env_id", "teacher_steps", "offline_steps", "total_timesteps", "learning_starts", "buffer_size"]
-    flags = [f"--{name.replace('_', '-')}={getattr(args, name)}" for name in names] + ["--teacher-eval-episodes=1"]
+    names = [
+        "env_id",
+        "teacher_steps",
+        "offline_steps",
+        "total_timesteps",
+        "learning_starts",
+        "buffer_size",
+    ]
+    flags = [f"--{name.replace('_', '-')}={getattr(args, name)}" for name in names] + [
+        "--teacher-eval-episodes=1"
+    ]
     teacher = args.teacher or PROGRAM.parent / "teachers" / f"{args.env_id}.cleanrl_model"
     with tempfile.TemporaryDirectory() as directory:
         log = Path(directory) / "log"
         with log.open("w") as file:
             variables = os.environ | local_hub(Path(directory) / "home", teacher)
-            process = subprocess.Popen([*command, *flags], cwd=directory, env=variables, stdout=file, stderr=file)
+            process = subprocess.Popen(
+                [*command, *flags], cwd=directory, env=variables, stdout=file, stderr=file
+            )
             _, status, usage = os.wait4(process.pid, 0)
         progress = log.read_text()
         if status:
@@ -131,7 +150,10 @@ def table_of(runs: dict[str, list[dict]], baseline: str = "") -> str:
     }
     other = medians.get(baseline)
     for name, median in medians.items():
-        cells = [f"{median[p]:.1f}" + (f" ({median[p] / other[p]:.1f}×)" if other else "") for p in PHASES]
+        cells = [
+            f"{median[p]:.1f}" + (f" ({median[p] / other[p]:.1f}×)" if other else "")
+            for p in PHASES
+        ]
         cells += [f"{1000 / median['offline']:.1f}"]
         cells += [f"{median[kind]:.2f}" if median[kind] else "–" for kind in MEMORY]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
@@ -142,7 +164,9 @@ def machine() -> dict[str, str | None]:
     """Hardware and versions."""
     info = Path("/proc/cpuinfo")
     names = re.findall(r"model name\s*: (.*)", info.read_text()) if info.exists() else []
-    facts = {"cpu": f"{os.cpu_count()} cores of {names[0] if names else platform.processor() or platform.machine()}"}
+    facts = {
+        "cpu": f"{os.cpu_count()} cores of {names[0] if names else platform.processor() or platform.machine()}"
+    }
     facts["gpu"] = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     facts["python"] = platform.python_version()
     return facts | {package: version(package) for package in ("torch", "gymnasium", "ale-py")}
