@@ -24,9 +24,9 @@ or -1:
     loss         = td_loss + distill_coef · λ · distill_loss
     λ            = 1[t < distill_steps] · clip(1 − G_student / G_teacher, 0, 1)
 
-t counts online steps, and G is a mean of raw scores of whole games. G_student is that of the last
-ten: at first those of the evaluation that ends phase 2, which the games of phase 3 push out one by
-one. While there are fewer than ten, λ is 1.
+t counts online steps, and G is a mean of raw scores of whole games. G_student is the mean of the
+student's last ten. The evaluation that ends phase 2 provides the first ten, and each game that ends
+in phase 3 replaces the oldest. While there are fewer than ten, λ is 1.
 """
 
 import copy
@@ -49,7 +49,8 @@ from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-# Threads of torch's that wait soon leave the cores to the games. Read when torch is imported.
+# Idle threads of torch stop spinning soon, so that the games get the cores. To be set before torch
+# is imported.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import ale_py
@@ -78,7 +79,7 @@ ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)
 
 
 def bfloat16_is_faster() -> bool:
-    """Without a GPU, on a CPU of Intel's with AMX, or of AMD's with AVX-512 for bfloat16."""
+    """Where it was measured to be: CPUs of Intel with AMX, of AMD with AVX-512 for bfloat16."""
     if torch.cuda.is_available() or not hasattr(torch.cpu, "get_capabilities"):
         return False
     cpu = torch.cpu.get_capabilities()
@@ -104,14 +105,14 @@ class Args:
 
     # environment
     env_id: str = "BreakoutNoFrameskip-v4"  # a game of ale-py's, GAMENoFrameskip-v4 or ALE/GAME-v5
-    num_envs: int = 4  # games the student plays side by side; updates per step do not depend on it
+    num_envs: int = 4  # games the student plays side by side; updates per step stay the same
     repeat_action_probability: float | None = None  # sticky actions; unset: 0, in ALE/GAME-v5 0.25
 
     # DQN
     network: Literal["impala", "nature"] = "impala"  # architecture of the network that learns
     total_timesteps: int = 10_000_000  # environment steps of the online phase
     learning_rate: float = 1e-4  # Adam's step size; with --final-learning-rate, that at lambda = 1
-    final_learning_rate: float | None = None  # that at lambda = 0, linear between; unset: constant
+    final_learning_rate: float | None = None  # that at lambda = 0; unset, or no teacher: constant
     adam_eps: float = 1e-8  # Adam's epsilon
     buffer_size: int = 1_000_000  # environment steps in the student's replay; 7.06 GB per million
     gamma: float = 0.99  # discount per step
@@ -120,9 +121,9 @@ class Args:
     batch_size: int = 32  # transitions per gradient step
     n_step: int = 3  # rewards summed before the target network's value
     huber: bool = False  # Huber instead of squared TD error
-    start_e: float = 1.0  # exploration at first, the student's and the teacher's
+    start_e: float = 1.0  # exploration at first, while the teacher or the student plays
     end_e: float = 0.01  # exploration in the end, and in every evaluation
-    exploration_fraction: float = 0.10  # share of total_timesteps over which exploration falls
+    exploration_fraction: float = 0.10  # of total_timesteps; offline and online steps count in it
     learning_starts: int = 80_000  # online steps before the first online gradient step
     train_frequency: int = 4  # online steps per gradient step
 
@@ -133,9 +134,9 @@ class Args:
     distill_coef: float = 3.0  # weight of the distillation loss, times lambda
     distill_steps: int | None = None  # online steps after which lambda is 0; unset: never cut off
     distill_latch: bool = False  # once lambda was 0, keep it there
-    return_baseline: Literal["zero", "random"] = "zero"  # lambda compares returns above this
+    return_baseline: Literal["zero", "random"] = "zero"  # taken off both returns in lambda
     teacher: str = "auto"  # auto (hub, else bundled), none (DQN from scratch), or a model's PATH
-    teacher_policy_hf_repo: str | None = None  # unset: cleanrl/{env_id}-{its exp_name}-seed1
+    teacher_policy_hf_repo: str | None = None  # unset: cleanrl/{env_id}-{teacher_model...}-seed1
     teacher_model_exp_name: str = "dqn_atari"  # the teacher's file on the hub, without its ending
     teacher_eval_episodes: int = 10  # games that measure the teacher
     teacher_buffer: str | None = None  # file to read the teacher's buffer from, or to write it to
@@ -169,7 +170,7 @@ POSITIVE = {
 }
 SHARES = {"gamma", "tau", "start_e", "end_e", "exploration_fraction", "repeat_action_probability"}
 
-# Flags that may be changed when a run is resumed; all others would change its result.
+# Flags that may be changed when a run is resumed. A larger total_timesteps stretches exploration.
 MAY_CHANGE = {
     "resume",
     "total_timesteps",
@@ -202,7 +203,8 @@ class Stopped(Exception):
 def user_error(problem: str) -> Iterator[None]:
     """Whatever goes wrong inside becomes a UserError: `problem` and, in brackets, why.
 
-    For what comes from outside alone, such as files: an error of the program's own stays one.
+    Only for code that handles what comes from outside, such as files: an error of the program
+    itself should end in a traceback.
     """
     try:
         yield
@@ -237,7 +239,7 @@ def qdagger_loss(
     """Scalars (loss, td_loss, distill_loss), means over the batch.
 
     Q-values are float32 (batch, num_actions), the student's at batch.obs and the target network's
-    at batch.next_obs; distill_weight is distill_coef * lambda.
+    at batch.next_obs; distill_weight is distill_coef * lambda. Gradients reach `q_values` alone.
     """
     td_target = batch.returns + batch.discounts * next_q_values.detach().max(1).values
     q_taken = q_values.gather(1, batch.actions[:, None]).squeeze(1)
@@ -245,25 +247,28 @@ def qdagger_loss(
         td_loss = F.smooth_l1_loss(q_taken, td_target)
     else:
         td_loss = F.mse_loss(q_taken, td_target)
-    student = F.log_softmax(q_values / temperature, dim=1)
-    teacher = F.log_softmax(batch.teacher_q_values.detach() / temperature, dim=1)
-    distill_loss = F.kl_div(student, teacher, log_target=True, reduction="batchmean")
+    student_log_probs = F.log_softmax(q_values / temperature, dim=1)
+    teacher_log_probs = F.log_softmax(batch.teacher_q_values.detach() / temperature, dim=1)
+    # PyTorch's order: F.kl_div(p, q) is KL(q || p).
+    distill_loss = F.kl_div(
+        student_log_probs, teacher_log_probs, log_target=True, reduction="batchmean"
+    )
     return td_loss + distill_weight * distill_loss, td_loss, distill_loss
 
 
 GAMES_FOR_LAMBDA = 10  # whose mean is the student's return; fewer are too few to tell
 
 
-def distill_coefficient(
-    returns: list[float], teacher_return: float, baseline_return: float = 0.0
+def compute_lambda(
+    scores: list[float], teacher_return: float, baseline_return: float = 0.0
 ) -> float:
     """lambda = clip(1 - G_student / G_teacher, 0, 1), G being mean scores above the baseline.
 
     Source: section 4.1 of the paper.
     """
-    if len(returns) < GAMES_FOR_LAMBDA:
+    if len(scores) < GAMES_FOR_LAMBDA:
         return 1.0
-    student = np.mean(returns) - baseline_return
+    student = np.mean(scores) - baseline_return
     teacher = teacher_return - baseline_return
     return float(np.clip(1 - student / teacher, 0, 1))
 
@@ -347,6 +352,7 @@ class AtariNetwork(nn.Module):
     def forward(self, obs: Tensor) -> Tensor:
         pixels = obs.float().div_(255)
         device = obs.device.type
+        # Without its cache, whose bfloat16 weights a CUDA graph would never see change.
         with torch.autocast(device, torch.bfloat16, enabled=self.amp, cache_enabled=False):
             hidden = self.network[:-1](pixels)
         return self.network[-1](hidden.float())
@@ -404,9 +410,10 @@ class FrameReplay:
     was done there; the next observation is that of step t + 1. A stack never reaches into an older
     episode but repeats its own first frame.
 
-    A step with `no_successor` is never drawn: what followed is not stored. That is so where a time
-    limit ends a game, where AtariGames forces an action, and at the last step before a resume. A
-    return that meets such a step stops before it and bootstraps from the observation there.
+    An `excluded` step is never drawn. Those are the steps that a time limit cut off and the last
+    before a resume, of which the next observation is not stored, and the steps that AtariGames
+    forced, which the agent did not choose. A return that meets such a step stops before it and
+    bootstraps from the observation there.
     """
 
     def __init__(self, capacity: int, num_envs: int, num_actions: int, device="cpu"):
@@ -421,18 +428,21 @@ class FrameReplay:
             self.actions = torch.zeros(size, dtype=torch.int64)
             self.rewards = torch.zeros(size)
             self.terminations = torch.zeros(size, dtype=torch.bool)
-            self.no_successor = torch.ones(size, dtype=torch.bool)
+            self.excluded = torch.ones(size, dtype=torch.bool)
             self.teacher_q_values = torch.zeros((size, num_actions))
             # Steps of each environment so far; a tensor, since a CUDA graph would freeze a number.
             self.written = torch.zeros((), dtype=torch.int64)
 
     def add(self, frames: Tensor, step: "GameStep", teacher_q_values: Tensor | None = None):
-        """Store a step of each game, what was seen before it, uint8 (num_envs, 84, 84), and the
-        teacher's Q-values there, (num_envs, num_actions)."""
+        """Store a step of each game.
+
+        `frames`, uint8 (num_envs, 84, 84), are the newest of the observation before the step;
+        Q-values there are (num_envs, num_actions), and what was stored stays if there are none.
+        """
         here = self.written * self.num_envs + torch.arange(self.num_envs, device=self.device)
         here %= self.size
         self.frames[here] = frames
-        for name in ("actions", "rewards", "terminations", "no_successor"):
+        for name in ("actions", "rewards", "terminations", "excluded"):
             values = torch.as_tensor(getattr(step, name), device=self.device)
             getattr(self, name)[here] = values
         if teacher_q_values is not None:
@@ -442,35 +452,38 @@ class FrameReplay:
     def sample(
         self, batch_size: int, n_step: int, gamma: float, generator: torch.Generator
     ) -> Batch:
-        """Draw transitions uniformly, but for the newest n_step rows, whose future is to come."""
+        """Transitions of steps that are drawn uniformly, with replacement."""
         numbers = self.draw(batch_size, n_step, generator)
         return self.transitions(numbers, n_step, gamma)
 
     def draw(self, batch_size: int, n_step: int, generator: torch.Generator) -> Tensor:
-        """Numbers of steps that have a successor, int64 (batch_size,)."""
-        # The oldest whose stack of frames is whole, and the first whose return is not.
+        """Numbers of steps that are not excluded, int64 (batch_size,)."""
+        # From the oldest step whose three earlier frames are not overwritten yet, up to the first
+        # whose observation n steps on is not stored yet.
         begin = ((self.written + STACK - 1) * self.num_envs - self.size).clamp(min=0)
         end = (self.written - n_step) * self.num_envs
-        # More than are needed, to pass over those without a successor and take the first others.
+        # A CUDA graph needs fixed shapes: draw too many, and sort those that are excluded to the
+        # end. In float64, since float32 cannot tell large numbers apart.
         count = max(4 * batch_size, 128)
         uniform = torch.rand(count, dtype=torch.float64, generator=generator, device=self.device)
         candidates = begin + (uniform * (end - begin)).long()
-        passed_over = self.no_successor[candidates % self.size].long()
-        order = passed_over.argsort(stable=True)
-        # If there are fewer than a batch, they are repeated. Not one in 128 draws is not met: of
-        # each life at most three steps are forced.
-        valid = (count - passed_over.sum()).clamp(min=1)
-        rank = torch.arange(batch_size, device=self.device) % valid
-        return candidates[order[rank]]
+        excluded = self.excluded[candidates % self.size].long()
+        candidates = candidates[excluded.argsort(stable=True)]
+        # If fewer than a batch are left, they are repeated. Never are all 128 excluded, since at
+        # most three steps of a life are forced; the limit of 1 only avoids a division by 0.
+        num_valid = (count - excluded.sum()).clamp(min=1)
+        picked = torch.arange(batch_size, device=self.device) % num_valid
+        return candidates[picked]
 
     def transitions(self, numbers: Tensor, n_step: int, gamma: float) -> Batch:
         """What begins at these steps, int64 (batch,)."""
         ahead = torch.arange(n_step, device=self.device)
         window = (numbers[:, None] + ahead * self.num_envs) % self.size  # (batch, n_step)
         terminated = self.terminations[window].long()
-        cut_off = self.no_successor[window].long()
+        excluded = self.excluded[window].long()
+        # Rewards count up to and including a termination, and up to, but without, an excluded step.
         terminated_earlier = terminated.cumsum(1) - terminated
-        counted = (terminated_earlier + cut_off.cumsum(1)) == 0  # the terminating step as well
+        counted = (terminated_earlier + excluded.cumsum(1)) == 0
         bootstraps = ~(terminated * counted).any(1)
         num_rewards = counted.sum(1)
         here = window[:, 0]
@@ -486,13 +499,13 @@ class FrameReplay:
     def stacks(self, numbers: Tensor) -> Tensor:
         """Observations uint8 (batch, 4, 84, 84) at these steps, int64 (batch,)."""
         back = torch.arange(STACK, device=self.device)
-        # The three steps before, the nearest first. What was never written has no successor.
+        # The three steps before, the nearest first. What was never written counts as excluded.
         before = (numbers[:, None] - back[1:] * self.num_envs) % self.size
-        episode_ends = self.terminations[before] | self.no_successor[before]
+        episode_ends = self.terminations[before] | self.excluded[before]
         age = (episode_ends.cumsum(1) == 0).sum(1)  # how many of them are of the same episode
-        oldest_first = back.flip(0).minimum(age[:, None])
-        numbers = (numbers[:, None] - oldest_first * self.num_envs) % self.size
-        return self.frames.index_select(0, numbers.flatten()).view(-1, STACK, SIDE, SIDE)
+        steps_back = back.flip(0).minimum(age[:, None])
+        slots = (numbers[:, None] - steps_back * self.num_envs) % self.size
+        return self.frames.index_select(0, slots.flatten()).view(-1, STACK, SIDE, SIDE)
 
 
 # Actions that AtariGames forces, by their numbers in the games that have FIRE as the second.
@@ -511,7 +524,7 @@ class GameStep(NamedTuple):
     actions: np.ndarray  # int64 (num_envs,): what was really done
     rewards: np.ndarray  # float32 (num_envs,): their signs
     terminations: np.ndarray  # bool (num_envs,): a game is over or a life is lost
-    no_successor: np.ndarray  # bool (num_envs,): cut off by a time limit, or forced
+    excluded: np.ndarray  # bool (num_envs,): cut off by a time limit, or forced; see FrameReplay
     finished: list[FinishedGame]
 
 
@@ -519,8 +532,8 @@ class AtariGames:
     """Atari as the reference wrappers show it (stable_baselines3's AtariWrapper), one per seed.
 
     An image is grey, 84 x 84; an episode's first one fills its whole stack. A lost life ends an
-    episode, not the game, and forces a NOOP; where there is FIRE, FIRE and RIGHT follow it, and
-    open every game as well. Such a step is not the agent's, and is an episode of its own.
+    episode, not the game. After it NOOP is forced and, in games that have FIRE, FIRE and RIGHT;
+    these two also open every game. Each forced step is an episode of its own.
 
     Games play on between `step_async` and `step_wait`, in ALE's threads. All follows from seeds and
     actions.
@@ -546,7 +559,7 @@ class AtariGames:
             episodic_life=False,  # EpisodicLifeEnv: in step_wait
             use_fire_reset=False,  # FireResetEnv: in step_async
             reward_clipping=False,  # ClipRewardEnv: in step_wait, since scores are of raw rewards
-            img_height=height,  # WarpFrame: in grey, since ALE's own grey differs from OpenCV's
+            img_height=height,  # WarpFrame: in grey(), since ALE's grey differs from OpenCV's
             img_width=width,
             grayscale=False,
             stack_num=1,  # VecFrameStack: in step_wait
@@ -554,7 +567,7 @@ class AtariGames:
         )
         self.num_actions = int(self.emulators.single_action_space.n)
 
-        # The action that is forced when so many are left to force.
+        # forced_actions[k] is forced while k are left, so from right to left; [0] never is.
         launches = self.emulators.ale.get_action_set()[1] == ale_py.Action.FIRE
         if launches:
             self.forced_actions = np.array([NOOP, RIGHT, FIRE, NOOP])
@@ -566,7 +579,8 @@ class AtariGames:
 
         self.images, info = self.emulators.reset(seed=seeds)  # in colour and full size
         self.lives = info["lives"]
-        self.first_frames = np.zeros(num_envs, dtype=int)  # numbers of each game's first frame
+        # The number of each game's first frame, in ALE's count of all frames.
+        self.first_frames = np.zeros(num_envs, dtype=int)
         self.scores = np.zeros(num_envs)
         # What to act on, uint8 (num_envs, 4, 84, 84).
         self.obs = self.grey()[:, None].repeat(STACK, axis=1)
@@ -597,6 +611,7 @@ class AtariGames:
         self.forced_left[ended] = self.forced_after_game
 
         self.scores += rewards
+        # Where a game has ended, these are of the next one already.
         first_frames = info["frame_number"] - info["episode_frame_number"]
         finished = []
         for env in np.flatnonzero(ended).tolist():
@@ -613,7 +628,7 @@ class AtariGames:
             actions=self.actions,
             rewards=np.sign(rewards, dtype=np.float32),
             terminations=game_over | life_lost,
-            no_successor=truncated | self.forced,
+            excluded=truncated | self.forced,
             finished=finished,
         )
 
@@ -630,10 +645,11 @@ def evaluate(
 ) -> list[float]:
     """Raw scores of `episodes` whole games at epsilon, by default end_e; the first goes to `video`.
 
-    Games and generator are its own: an evaluation changes nothing in the training around it. How
-    many games each environment plays is fixed beforehand, so that short ones are not preferred;
-    and scores come in the order of the environments, the first game of each first, so that the
-    first ten are not the shortest. A signal in `stop` raises Stopped.
+    Games and generator are its own and the same each time: an evaluation changes nothing in the
+    training around it. How many games each environment plays is fixed beforehand, so that short
+    ones are not preferred. Scores come in the order of the environments, the first game of each
+    first, so that the first ten are not the shortest. `stop` is a list of signals, see main: once
+    one has come, Stopped is raised.
     """
     if epsilon is None:
         epsilon = args.end_e
@@ -648,7 +664,7 @@ def evaluate(
     film = nullcontext() if video is None else open_film(video, games.images)
     bar = tqdm(total=episodes, desc="evaluation", unit="game", leave=False)
     with film, bar:
-        while bar.n < episodes:
+        while played.sum() < episodes:
             if stop:
                 raise Stopped(stop[0], "stopped")
             if video is not None and played[0] == 0:
@@ -669,7 +685,7 @@ def evaluate(
 
 
 class Learner(nn.Module):  # for a state_dict of both networks
-    """The student, its target network, its optimizer, and the gradient step of both phases."""
+    """The student, its target network, its optimizer, and the gradient step of phases 2 and 3."""
 
     def __init__(self, args: Args, num_actions: int, device: torch.device):
         super().__init__()
@@ -690,10 +706,10 @@ class Learner(nn.Module):  # for a state_dict of both networks
 
         # Tensors, since a CUDA graph would freeze numbers.
         self.distill_weight = torch.tensor(0.0, device=device)
-        self.learning_rate = torch.tensor(args.learning_rate, device=device)
+        learning_rate = torch.tensor(args.learning_rate, device=device)
         self.optimizer = torch.optim.Adam(
             self.q_network.parameters(),
-            lr=self.learning_rate,
+            lr=learning_rate,
             eps=args.adam_eps,
             fused=True,
             capturable=args.capture and device.type == "cuda",
@@ -706,7 +722,8 @@ class Learner(nn.Module):  # for a state_dict of both networks
         final = self.args.final_learning_rate
         if final is not None:
             learning_rate = final + (learning_rate - final) * lambda_
-        self.learning_rate.fill_(learning_rate)
+        # Where Adam keeps it: a resume replaces the tensor that was given.
+        self.optimizer.param_groups[0]["lr"].fill_(learning_rate)
         self.distill_weight.fill_(self.args.distill_coef * lambda_)
         return learning_rate
 
@@ -750,13 +767,13 @@ class Learner(nn.Module):  # for a state_dict of both networks
 class Progress:
     """How far a run has come: each phase is a loop that goes on from here."""
 
-    phase: str = "online"  # before it "teacher buffer" and "offline"
+    phase: str = "online"  # with a teacher, "teacher buffer" and "offline" come first
     step: int = 0  # of this phase: environment steps, offline gradient steps
     global_step: int = 0  # of logs and exploration: offline and online steps
     seconds: float = 0.0  # spent on online steps, evaluations excluded
     teacher_return: float = 0.0  # mean score of its games
     baseline_return: float = 0.0  # that of random play, if lambda looks at it
-    distilling: bool = False  # once False, for good: the teacher is not asked any more
+    distilling: bool = False  # True while there is a teacher; once it is let go of, False for good
     recent_returns: list[float] = field(default_factory=list)  # of ten whole games, for lambda
     scores: list[float] = field(default_factory=list)  # of the last evaluation's games
     evaluated: bool = False  # whether that was at this very step
@@ -784,7 +801,7 @@ def fill_teacher_buffer(run: "Run", learner: Learner, replay: FrameReplay) -> No
         load_teacher_buffer(file, run.made_with(), replay)
         return
 
-    num_envs = replay.num_envs
+    num_envs = replay.num_envs  # more than the student's, see TEACHER_ENVS_PER_ENV
     generator = run.teacher_generator
     games = AtariGames(args, seeds_for("teacher buffer", args.seed, num_envs, progress.step))
     policy = graphed(partial(act, run.teacher, generator), generator, args.capture)
@@ -801,7 +818,7 @@ def fill_teacher_buffer(run: "Run", learner: Learner, replay: FrameReplay) -> No
         progress.advance(num_envs)
         bar.update(num_envs)
         if step.finished:
-            bar.postfix = f"return={step.finished[-1].score:.1f}, λ=1.00"
+            bar.postfix = f"return={step.finished[-1].score:.1f}"
     bar.close()
 
     if file is not None:
@@ -844,18 +861,18 @@ def learn_offline(run: "Run", learner: Learner, replay: FrameReplay) -> None:
 
     run.evaluate(learner, "charts/offline/avg_episodic_return")
     run.checkpoint_if_due(learner, replay)
-    learner.update_target(tau=1.0)
-    # Lambda is informed from the start: the games just played are the first ten.
+    learner.update_target(tau=1.0)  # phase 3 begins with two equal networks
+    # The games just played give the first lambda of phase 3.
     progress.recent_returns = progress.scores[:GAMES_FOR_LAMBDA]
 
 
-def fading_lambda(args: Args, progress: Progress) -> float:
-    """The weight of the teacher in the step to come; it may be let go of for good."""
+def fade_teacher(args: Args, progress: Progress) -> float:
+    """Lambda for the coming step; also lets go of the teacher for good when that is due."""
     if args.distill_steps is not None and progress.step >= args.distill_steps:
         progress.distilling = False
     if not progress.distilling:
         return 0.0
-    lambda_ = distill_coefficient(
+    lambda_ = compute_lambda(
         progress.recent_returns, progress.teacher_return, progress.baseline_return
     )
     if args.distill_latch and lambda_ == 0:
@@ -868,30 +885,33 @@ def learn_online(run: "Run", learner: Learner, replay: FrameReplay) -> None:
     args = run.args
     progress = run.progress
     exploration_steps = args.exploration_fraction * args.total_timesteps
-    # The first draw needs a stack of frames and n rewards of each game.
+    # The first draw needs n steps ahead of it, and more steps than the two that launch a game.
     learning_starts = max(args.learning_starts, (args.n_step + STACK) * args.num_envs)
-    learning_rate = args.learning_rate
-    learner.metrics = {}
+    learning_rate = args.learning_rate  # stays so without a teacher, where lambda means nothing
+    learner.metrics = {}  # else those of the last offline step would be logged as online
 
     games = AtariGames(args, seeds_for("online", args.seed, args.num_envs, progress.step))
     generator = learner.generator
     policy = graphed(partial(act, learner.q_network, generator), generator, args.capture)
-    ask_teacher = graphed(run.teacher, generator, args.capture)
+    ask_teacher = graphed(run.teacher, generator, args.capture)  # not called without one
     gradient_step = graphed(partial(learner.gradient_step, replay), generator, args.capture)
 
     bar = tqdm(total=args.total_timesteps, initial=progress.step, desc="online", unit="step")
     while progress.step < args.total_timesteps:
         begin = progress.step
         end = begin + args.num_envs
+        # Whether it was due within the stride that ends here. At step 0 phase 2 has just done it,
+        # if there was one.
         if begin > 0 and due(begin - args.num_envs, begin, args.eval_frequency):
             run.evaluate(learner, "eval/episodic_return")
         run.checkpoint_if_due(learner, replay)
         start = time.perf_counter()
 
         # How much the teacher weighs, and how much the student explores.
-        lambda_ = fading_lambda(args, progress)
+        lambda_ = fade_teacher(args, progress)
         if run.teacher is not None:
             learning_rate = learner.set_lambda(lambda_)
+        # As in CleanRL's file, offline steps count: by default epsilon is at 0.5 here already.
         epsilon = linear_schedule(args.start_e, args.end_e, exploration_steps, progress.global_step)
 
         # ACT: the games play on while the student learns.
@@ -899,7 +919,7 @@ def learn_online(run: "Run", learner: Learner, replay: FrameReplay) -> None:
         actions, _ = policy(obs, epsilon)
         games.step_async(actions.cpu().numpy())
 
-        # LEARN
+        # LEARN from what is stored so far: this step is not yet.
         for number in range(begin + 1, end + 1):
             if number > learning_starts and number % args.train_frequency == 0:
                 gradient_step()
@@ -925,15 +945,15 @@ def learn_online(run: "Run", learner: Learner, replay: FrameReplay) -> None:
                 metrics.pop("distill_loss", None)
             scalars = {f"losses/{name}": value for name, value in metrics.items()}
             scalars["charts/epsilon"] = epsilon
-            scalars["charts/distill_coeff"] = lambda_
+            scalars["charts/distill_coeff"] = lambda_  # CleanRL's name for it
             scalars["charts/learning_rate"] = learning_rate
             scalars["charts/SPS"] = end / progress.seconds
             run.log(scalars)
-            student_return = np.mean(progress.recent_returns or math.nan)
+            student_return = np.mean(progress.recent_returns or math.nan)  # nan: no game yet
             bar.postfix = f"return={student_return:.1f}, λ={lambda_:.2f}"
     bar.close()
 
-    if progress.step > 0:
+    if progress.step > 0:  # else the evaluation of phase 2 stands
         run.evaluate(learner, "eval/episodic_return")
     run.checkpoint_if_due(learner, replay)
 
@@ -941,7 +961,7 @@ def learn_online(run: "Run", learner: Learner, replay: FrameReplay) -> None:
 def train(args: Args, stop: Sequence[int] = ()) -> Path:
     """Run all phases, or what --resume has left of them; returns the directory of the run.
 
-    A signal in `stop`, which may grow meanwhile, raises Stopped after a checkpoint.
+    `stop` is a list of signals, see main: once one has come, Stopped is raised after a checkpoint.
     """
     torch.set_flush_denormal(True)  # Adam's averages would become denormal, and a CPU crawl
     torch.set_float32_matmul_precision("high")  # TF32 on a GPU
@@ -955,7 +975,7 @@ def train(args: Args, stop: Sequence[int] = ()) -> Path:
         check_upload(args)
     run = Run(args, stop)
     learner = Learner(args, run.num_actions, run.device)
-    run.new_replay()  # a GPU without room says so now; RAM fills later
+    run.make_replay()  # the student's, freed at once: a GPU without room should say so now
     torch.cuda.empty_cache()  # else small tensors that stay would settle in its place
 
     # Phase 0: the teacher is found and measured. A run that is resumed has that behind it.
@@ -964,7 +984,7 @@ def train(args: Args, stop: Sequence[int] = ()) -> Path:
     elif args.teacher != "none":
         run.meet_teacher()
     run.open()
-    replay = run.new_replay(saved)
+    replay = run.make_replay(saved)
 
     if run.progress.phase == "teacher buffer":
         fill_teacher_buffer(run, learner, replay)
@@ -973,15 +993,15 @@ def train(args: Args, stop: Sequence[int] = ()) -> Path:
         learn_offline(run, learner, replay)
         run.progress.begin("online")
         del replay  # there is never room for two
-        replay = run.new_replay()
+        replay = run.make_replay()
     learn_online(run, learner, replay)
     run.finish()
     return run.directory
 
 
-# --- The method is above: runs, teachers, CUDA graphs, publishing, flags ---
+# --- The method is above. Below: runs, teachers, CUDA graphs, publishing, flags ---
 
-TEACHER_ENVS_PER_ENV = 8  # the more the faster, since a teacher's policy never ages
+TEACHER_ENVS_PER_ENV = 8  # more is faster, and does no harm, since the teacher does not learn
 CHECKPOINT_SECONDS = 600
 
 
@@ -1051,7 +1071,7 @@ class Run:
             self.directory.mkdir(parents=True)
         else:
             self.directory = Path(args.resume)
-        # What was logged after the checkpoint is logged again; after one of phase 1, everything.
+        # What was logged after the checkpoint is logged again; if that is of phase 1, everything.
         starts_anew = args.resume is None or self.progress.phase == "teacher buffer"
         first_step = 0 if starts_anew else self.progress.global_step + 1
 
@@ -1087,7 +1107,7 @@ class Run:
         video = None
         if args.capture_video:
             video = self.directory / "videos" / f"{progress.global_step}.mp4"
-        with suppress(Stopped):  # a checkpoint first, see checkpoint_if_due
+        with suppress(Stopped):  # checkpoint_if_due follows, saves the run and raises it again
             progress.scores = evaluate(
                 learner.q_network, args, args.eval_episodes, self.device, self.stop, video=video
             )
@@ -1133,7 +1153,7 @@ class Run:
         self.next_checkpoint = time.monotonic() + CHECKPOINT_SECONDS
 
     def restore(self, saved, learner):
-        """Go on from a checkpoint; its replay is restored by `new_replay`."""
+        """Go on from a checkpoint; its replay is restored by `make_replay`."""
         with user_error(f"--resume {self.args.resume}: its checkpoint does not fit"):
             self.facts = saved["facts"] | self.facts
             self.progress = Progress(**saved["progress"])
@@ -1145,8 +1165,8 @@ class Run:
             learner.optimizer.load_state_dict(optimizer)
             learner.generator.set_state(saved["generator"])
 
-    def new_replay(self, saved=None) -> FrameReplay:
-        """Online the student's, before that the teacher's; with what was saved of it."""
+    def make_replay(self, saved=None) -> FrameReplay:
+        """A replay for this phase, the teacher's buffer or the student's; restored from `saved`."""
         capacity = self.args.buffer_size
         num_envs = self.args.num_envs
         if self.progress.phase != "online":
@@ -1159,9 +1179,9 @@ class Run:
         return replay
 
     def made_with(self) -> dict:
-        """What a file of --teacher-buffer depends on."""
+        """What a file of --teacher-buffer depends on, but for the seed: all seeds may share one."""
         names = ["env_id", "repeat_action_probability", "num_envs", "teacher_steps"]
-        names += ["start_e", "end_e", "temperature"]
+        names += ["start_e", "end_e", "temperature"]  # the last scales logits, see load_sb3
         settings = {name: getattr(self.args, name) for name in names}
         return settings | {"teacher": self.facts["teacher_sha256"]}
 
@@ -1178,12 +1198,12 @@ PURPOSES = ("teacher buffer", "online", "evaluation", "baseline")
 
 
 def seeds_for(purpose: str, seed: int, count: int, step: int = 0) -> np.ndarray:
-    """`count` seeds, int64 (count,), unlike those of any other purpose, run or step of a resume."""
+    """`count` seeds, int64 (count,), unlike those of another purpose, seed or step of a resume."""
     entropy = np.random.SeedSequence([seed, PURPOSES.index(purpose), step])
     return entropy.generate_state(count).astype(np.int64) % 2**31
 
 
-FIELDS = ("actions", "rewards", "terminations", "no_successor", "teacher_q_values")
+FIELDS = ("actions", "rewards", "terminations", "excluded", "teacher_q_values")
 BLOCK = 4096  # frames that are compressed together
 
 
@@ -1202,7 +1222,7 @@ def pack(replay) -> dict:
 
 
 def unpack(state, replay):
-    """Restore a replay of this shape. Its games are gone: their last steps have no successor."""
+    """Restore a replay of this shape. Its games are gone, so their last steps are excluded."""
     used = len(state["actions"])
     for block, packed in zip(replay.frames[:used].split(BLOCK), state["frames"]):
         pixels = np.frombuffer(zlib.decompress(packed.numpy()), dtype=np.uint8)
@@ -1210,8 +1230,9 @@ def unpack(state, replay):
     for name in FIELDS:
         getattr(replay, name)[:used] = state[name]
     replay.written.copy_(state["written"])
-    newest = replay.written * replay.num_envs - 1 - torch.arange(replay.num_envs)
-    replay.no_successor[newest % replay.size] = True
+    envs = torch.arange(replay.num_envs, device=replay.device)
+    newest = (replay.written - 1) * replay.num_envs + envs
+    replay.excluded[newest % replay.size] = True
 
 
 def open_film(path, images):
@@ -1253,7 +1274,7 @@ def load_sb3(path, num_actions, temperature) -> dict[str, Tensor]:
     # Value and target networks, and copies.
     unused = r".*(_target|value_net)\.|(pi|vf)_features_extractor\."
     state = {name: tensor for name, tensor in state.items() if not re.match(unused, name)}
-    if its_actions != num_actions or len(state) != 10:
+    if its_actions != num_actions or len(state) != 10:  # five layers, each weight and bias
         raise ValueError(
             f"no CnnPolicy of DQN, QR-DQN, PPO or A2C for the {num_actions} actions of --env-id"
         )
@@ -1261,7 +1282,7 @@ def load_sb3(path, num_actions, temperature) -> dict[str, Tensor]:
         # QR-DQN's gives quantiles for each action, whose mean is linear, too.
         by_quantile = state[name].unflatten(0, (-1, num_actions))
         state[name] = by_quantile.mean(0)
-        if "action" in name:
+        if "action" in name:  # of PPO and A2C: action_net
             state[name] *= temperature
     return state
 
@@ -1368,8 +1389,8 @@ class Graphed:
     """A function of tensors and numbers that draws from `generator`, as one CUDA graph.
 
     Its kernels then run without Python between them. Three calls run as they are while libraries
-    choose algorithms; the fourth is captured. From then on each copies its inputs to where the
-    graph reads them, and overwrites what the last one returned.
+    choose algorithms; the fourth is captured. From then on each call copies its inputs to where the
+    graph reads them, and what it returns is valid until the next call.
     """
 
     def __init__(self, function, generator):
@@ -1492,7 +1513,7 @@ def check_unchanged(args, before):
             raise UserError(f"--{name} {getattr(args, flag)}: {rule}")
 
 
-def play(args, stop):
+def play_model(args, stop):
     """--evaluate: print each game's score, and their mean and standard deviation."""
     validate(args)
     path = Path(args.evaluate)
@@ -1535,7 +1556,7 @@ def main():
     try:
         args = parse_flags()
         if args.evaluate:
-            play(args, stop)
+            play_model(args, stop)
         else:
             train(args, stop)
     except (UserError, OSError, torch.OutOfMemoryError) as error:

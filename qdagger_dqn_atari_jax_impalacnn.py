@@ -24,17 +24,20 @@ or -1:
     loss         = td_loss + distill_coef · λ · distill_loss
     λ            = 1[t < distill_steps] · clip(1 − G_student / G_teacher, 0, 1)
 
-t counts online steps, and G is a mean of raw scores of whole games. G_student is that of the last
-ten: at first those of the evaluation that ends phase 2, which the games of phase 3 push out one by
-one. While there are fewer than ten, λ is 1.
+t counts online steps, and G is a mean of raw scores of whole games. G_student is the mean of the
+student's last ten. The evaluation that ends phase 2 provides the first ten, and each game that ends
+in phase 3 replaces the oldest. While there are fewer than ten, λ is 1.
 
-What JAX does otherwise than PyTorch, whose program is qdagger_dqn_atari_impalacnn.py:
+How JAX differs from PyTorch, whose version is qdagger_dqn_atari_impalacnn.py:
 
 - A network is a description without weights; they are a tree of arrays, here `params`.
-- No array is changed: a function returns new ones. What is donated to a function is given up by the
-  caller, so that the new array can take its memory: so the replay is written in place.
-- There is no generator with a state: random numbers follow from a key. Each step folds its number
-  into the key of the run, so that a resumed run draws what it would have drawn.
+- A function under jax.jit is compiled at its first call, for these shapes and static arguments;
+  `if` and `for` are decided then. A call only enqueues the work; np.asarray waits for its result.
+- Gradients are taken of a function's argument, so nothing needs to be detached.
+- No array is changed: a function returns new ones. An argument that is donated must not be used
+  again; the result takes its memory, so that a replay is written in place.
+- There is no generator with a state: random numbers follow from a key, into which each step folds
+  its number. So a resumed run goes on with the same random numbers, in new games.
 """
 
 import hashlib
@@ -56,7 +59,7 @@ from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-# Else JAX takes at once all that it may, 75% of a GPU. Read when jax is imported, as the next.
+# Both must be set before jax is imported. Else it takes at once all that it may, 75% of a GPU.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 # Makes convolutions on a CPU 1.4 times as fast.
 os.environ.setdefault("XLA_FLAGS", "--xla_cpu_experimental_ynn_fusion_type=-individual_convolution")
@@ -110,14 +113,14 @@ class Args:
 
     # environment
     env_id: str = "BreakoutNoFrameskip-v4"  # a game of ale-py's, GAMENoFrameskip-v4 or ALE/GAME-v5
-    num_envs: int = 4  # games the student plays side by side; updates per step do not depend on it
+    num_envs: int = 4  # games the student plays side by side; updates per step stay the same
     repeat_action_probability: float | None = None  # sticky actions; unset: 0, in ALE/GAME-v5 0.25
 
     # DQN
     network: Literal["impala", "nature"] = "impala"  # architecture of the network that learns
     total_timesteps: int = 10_000_000  # environment steps of the online phase
     learning_rate: float = 1e-4  # Adam's step size; with --final-learning-rate, that at lambda = 1
-    final_learning_rate: float | None = None  # that at lambda = 0, linear between; unset: constant
+    final_learning_rate: float | None = None  # that at lambda = 0; unset, or no teacher: constant
     adam_eps: float = 1e-8  # Adam's epsilon
     buffer_size: int = 1_000_000  # environment steps in the student's replay; 7.06 GB per million
     gamma: float = 0.99  # discount per step
@@ -126,9 +129,9 @@ class Args:
     batch_size: int = 32  # transitions per gradient step
     n_step: int = 3  # rewards summed before the target network's value
     huber: bool = False  # Huber instead of squared TD error
-    start_e: float = 1.0  # exploration at first, the student's and the teacher's
+    start_e: float = 1.0  # exploration at first, while the teacher or the student plays
     end_e: float = 0.01  # exploration in the end, and in every evaluation
-    exploration_fraction: float = 0.10  # share of total_timesteps over which exploration falls
+    exploration_fraction: float = 0.10  # of total_timesteps; offline and online steps count in it
     learning_starts: int = 80_000  # online steps before the first online gradient step
     train_frequency: int = 4  # online steps per gradient step
 
@@ -139,9 +142,9 @@ class Args:
     distill_coef: float = 3.0  # weight of the distillation loss, times lambda
     distill_steps: int | None = None  # online steps after which lambda is 0; unset: never cut off
     distill_latch: bool = False  # once lambda was 0, keep it there
-    return_baseline: Literal["zero", "random"] = "zero"  # lambda compares returns above this
+    return_baseline: Literal["zero", "random"] = "zero"  # taken off both returns in lambda
     teacher: str = "auto"  # auto (hub, else bundled), none (DQN from scratch), or a model's PATH
-    teacher_policy_hf_repo: str | None = None  # unset: cleanrl/{env_id}-{its exp_name}-seed1
+    teacher_policy_hf_repo: str | None = None  # unset: cleanrl/{env_id}-{teacher_model...}-seed1
     teacher_model_exp_name: str = "dqn_atari_jax"  # the teacher's file there, without its ending
     teacher_eval_episodes: int = 10  # games that measure the teacher
     teacher_buffer: str | None = None  # file to read the teacher's buffer from, or to write it to
@@ -173,7 +176,7 @@ POSITIVE = {
 }
 SHARES = {"gamma", "tau", "start_e", "end_e", "exploration_fraction", "repeat_action_probability"}
 
-# Flags that may be changed when a run is resumed; all others would change its result.
+# Flags that may be changed when a run is resumed. A larger total_timesteps stretches exploration.
 MAY_CHANGE = {
     "resume",
     "total_timesteps",
@@ -204,7 +207,8 @@ class Stopped(Exception):
 def user_error(problem: str) -> Iterator[None]:
     """Whatever goes wrong inside becomes a UserError: `problem` and, in brackets, why.
 
-    For what comes from outside alone, such as files: an error of the program's own stays one.
+    Only for code that handles what comes from outside, such as files: an error of the program
+    itself should end in a traceback.
     """
     try:
         yield
@@ -239,7 +243,8 @@ def qdagger_loss(
     """Scalars (loss, td_loss, distill_loss), means over the batch.
 
     Q-values are float32 (batch, num_actions), the student's at batch.obs and the target network's
-    at batch.next_obs; distill_weight is distill_coef * lambda.
+    at batch.next_obs; distill_weight is distill_coef * lambda. Gradients are taken of what
+    `q_values` come from alone, see Learner.update.
     """
     td_target = batch.returns + batch.discounts * next_q_values.max(axis=1)
     q_taken = jnp.take_along_axis(q_values, batch.actions[:, None], axis=1).squeeze(1)
@@ -247,25 +252,29 @@ def qdagger_loss(
         td_loss = optax.huber_loss(q_taken, td_target).mean()
     else:
         td_loss = optax.squared_error(q_taken, td_target).mean()
-    student = jax.nn.log_softmax(q_values / temperature)
-    teacher = jax.nn.log_softmax(batch.teacher_q_values / temperature)
-    distill_loss = optax.losses.kl_divergence_with_log_targets(student, teacher).mean()
+    student_log_probs = jax.nn.log_softmax(q_values / temperature)
+    teacher_log_probs = jax.nn.log_softmax(batch.teacher_q_values / temperature)
+    # Optax's order: predictions, then targets, for KL(targets || predictions).
+    distill_losses = optax.losses.kl_divergence_with_log_targets(
+        student_log_probs, teacher_log_probs
+    )
+    distill_loss = distill_losses.mean()
     return td_loss + distill_weight * distill_loss, td_loss, distill_loss
 
 
 GAMES_FOR_LAMBDA = 10  # whose mean is the student's return; fewer are too few to tell
 
 
-def distill_coefficient(
-    returns: list[float], teacher_return: float, baseline_return: float = 0.0
+def compute_lambda(
+    scores: list[float], teacher_return: float, baseline_return: float = 0.0
 ) -> float:
     """lambda = clip(1 - G_student / G_teacher, 0, 1), G being mean scores above the baseline.
 
     Source: section 4.1 of the paper.
     """
-    if len(returns) < GAMES_FOR_LAMBDA:
+    if len(scores) < GAMES_FOR_LAMBDA:
         return 1.0
-    student = np.mean(returns) - baseline_return
+    student = np.mean(scores) - baseline_return
     teacher = teacher_return - baseline_return
     return float(np.clip(1 - student / teacher, 0, 1))
 
@@ -285,7 +294,7 @@ def due(begin: int, end: int, every: int) -> bool:
     return every > 0 and end // every > begin // every
 
 
-@partial(jax.jit, static_argnums=0)
+@partial(jax.jit, static_argnums=0)  # the network is part of the program, numbers are inputs
 def act(
     network: nn.Module,
     params: dict,
@@ -306,12 +315,13 @@ def act(
     return jnp.where(explores, random_actions, q_values.argmax(1)), q_values
 
 
-# --- Networks: Flax names parameters by class and order, here as in the files on the hub ---
+# --- Networks ---
 
 STACK = 4  # frames in an observation
 SIDE = 84  # their height and width
 
-# Kernels begin as PyTorch's do, biases at 0. All is float32 unless a dtype is given.
+# Flax names parameters by class and order of use: who renames or reorders layers can no longer read
+# the files on the hub. Kernels begin as PyTorch's do, biases at 0.
 INIT = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 Conv = partial(nn.Conv, kernel_init=INIT)
 Dense = partial(nn.Dense, kernel_init=INIT)
@@ -330,7 +340,7 @@ def max_pool(x: jax.Array) -> jax.Array:
         first, second = jnp.unstack(pairs, axis=2)
         # The window around row 2i: pair i + 1, rows 2i and 2i + 1, and row 2i - 1 of pair i.
         x = jnp.maximum(jnp.maximum(first, second)[:, 1:], second[:, :-1])
-        x = x.swapaxes(1, 2)
+        x = x.swapaxes(1, 2)  # columns become rows, and back
     return x
 
 
@@ -416,19 +426,20 @@ class FrameReplay:
     was done there; the next observation is that of step t + 1. A stack never reaches into an older
     episode but repeats its own first frame.
 
-    A step with `no_successor` is never drawn: what followed is not stored. That is so where a time
-    limit ends a game, where AtariGames forces an action, and at the last step before a resume. A
-    return that meets such a step stops before it and bootstraps from the observation there.
+    An `excluded` step is never drawn. Those are the steps that a time limit cut off and the last
+    before a resume, of which the next observation is not stored, and the steps that AtariGames
+    forced, which the agent did not choose. A return that meets such a step stops before it and
+    bootstraps from the observation there.
     """
 
-    frames: jax.Array  # uint8 (size, 7056): indices stay below 2^31 where bytes would not
+    frames: jax.Array  # uint8 (size, 7056): in one dimension, indices would exceed int32
     actions: jax.Array  # int32 (size,)
     rewards: jax.Array  # float32 (size,)
     terminations: jax.Array  # bool (size,)
-    no_successor: jax.Array  # bool (size,)
+    excluded: jax.Array  # bool (size,)
     teacher_q_values: jax.Array  # float32 (size, num_actions)
     written: jax.Array  # int32: steps of each environment so far
-    num_envs: int = struct.field(pytree_node=False)
+    num_envs: int = struct.field(pytree_node=False)  # a number of the program, not an array
 
     @classmethod
     def create(cls, capacity: int, num_envs: int, num_actions: int) -> "FrameReplay":
@@ -441,68 +452,73 @@ class FrameReplay:
             actions=jnp.zeros(size, jnp.int32),
             rewards=jnp.zeros(size),
             terminations=jnp.zeros(size, bool),
-            no_successor=jnp.ones(size, bool),
+            excluded=jnp.ones(size, bool),
             teacher_q_values=jnp.zeros((size, num_actions)),
             written=jnp.int32(0),
             num_envs=num_envs,
         )
 
-    @partial(jax.jit, donate_argnums=0)
+    @partial(jax.jit, donate_argnums=0)  # the old replay is gone after the call
     def add(
         self, obs: jax.Array, step: "GameStep", teacher_q_values: jax.Array | None = None
     ) -> "FrameReplay":
-        """This one, which is given up, with a step of each game, and what was seen before it.
+        """The replay with one more step of each game; this one may not be used again.
 
-        Observations are uint8 (num_envs, 4, 84, 84), Q-values there (num_envs, num_actions).
+        `obs`, uint8 (num_envs, 4, 84, 84), is what was seen before the step; Q-values there are
+        (num_envs, num_actions), and what was stored stays if there are none.
         """
-        here = self.written * self.num_envs % len(self.rewards)
+        here = self.written * self.num_envs % len(self.rewards)  # a slice that never wraps around
 
         def put(stored: jax.Array, values: jax.Array) -> jax.Array:
+            values = values.astype(stored.dtype)
             return jax.lax.dynamic_update_slice_in_dim(stored, values, here, axis=0)
 
         q_values = self.teacher_q_values
-        if teacher_q_values is not None:
+        if teacher_q_values is not None:  # one program with, one without
             q_values = put(q_values, teacher_q_values)
         return self.replace(
             frames=put(self.frames, obs[:, -1].reshape(self.num_envs, -1)),
             actions=put(self.actions, step.actions),
             rewards=put(self.rewards, step.rewards),
             terminations=put(self.terminations, step.terminations),
-            no_successor=put(self.no_successor, step.no_successor),
+            excluded=put(self.excluded, step.excluded),
             teacher_q_values=q_values,
             written=self.written + 1,
         )
 
     def sample(self, batch_size: int, n_step: int, gamma: float, key: jax.Array) -> Batch:
-        """Draw transitions uniformly, but for the newest n_step rows, whose future is to come."""
+        """Transitions of steps that are drawn uniformly, with replacement."""
         numbers = self.draw(batch_size, n_step, key)
         return self.transitions(numbers, n_step, gamma)
 
     def draw(self, batch_size: int, n_step: int, key: jax.Array) -> jax.Array:
-        """Numbers of steps that have a successor, int32 (batch_size,)."""
+        """Numbers of steps that are not excluded, int32 (batch_size,)."""
         size = len(self.rewards)
-        # The oldest whose stack of frames is whole, and the first whose return is not.
+        # From the oldest step whose three earlier frames are not overwritten yet, up to the first
+        # whose observation n steps on is not stored yet.
         begin = jnp.maximum((self.written + STACK - 1) * self.num_envs - size, 0)
         end = (self.written - n_step) * self.num_envs
-        # More than are needed, to pass over those without a successor and take the first others.
+        # A compiled program needs fixed shapes: draw too many, and sort those that are excluded to
+        # the end. JAX sorts stably.
         count = max(4 * batch_size, 128)
         candidates = jax.random.randint(key, (count,), begin, end)
-        passed_over = self.no_successor[candidates % size]
-        order = passed_over.argsort()
-        # If there are fewer than a batch, they are repeated. Not one in 128 draws is not met: of
-        # each life at most three steps are forced.
-        valid = jnp.maximum(count - passed_over.sum(), 1)
-        rank = jnp.arange(batch_size) % valid
-        return candidates[order[rank]]
+        excluded = self.excluded[candidates % size]
+        candidates = candidates[excluded.argsort()]
+        # If fewer than a batch are left, they are repeated. Never are all 128 excluded, since at
+        # most three steps of a life are forced; the limit of 1 only avoids a division by 0.
+        num_valid = jnp.maximum(count - excluded.sum(), 1)
+        picked = jnp.arange(batch_size) % num_valid
+        return candidates[picked]
 
     def transitions(self, numbers: jax.Array, n_step: int, gamma: float) -> Batch:
         """What begins at these steps, int32 (batch,)."""
         ahead = jnp.arange(n_step)
         window = (numbers[:, None] + ahead * self.num_envs) % len(self.rewards)  # (batch, n_step)
         terminated = self.terminations[window]
-        cut_off = self.no_successor[window]
+        excluded = self.excluded[window]
+        # Rewards count up to and including a termination, and up to, but without, an excluded step.
         terminated_earlier = terminated.cumsum(1) - terminated
-        counted = (terminated_earlier + cut_off.cumsum(1)) == 0  # the terminating step as well
+        counted = (terminated_earlier + excluded.cumsum(1)) == 0
         bootstraps = ~(terminated & counted).any(1)
         num_rewards = counted.sum(1)
         here = window[:, 0]
@@ -519,13 +535,13 @@ class FrameReplay:
         """Observations uint8 (batch, 4, 84, 84) at these steps, int32 (batch,)."""
         size = len(self.rewards)
         back = jnp.arange(STACK)
-        # The three steps before, the nearest first. What was never written has no successor.
+        # The three steps before, the nearest first. What was never written counts as excluded.
         before = (numbers[:, None] - back[1:] * self.num_envs) % size
-        episode_ends = self.terminations[before] | self.no_successor[before]
+        episode_ends = self.terminations[before] | self.excluded[before]
         age = (episode_ends.cumsum(1) == 0).sum(1)  # how many of them are of the same episode
-        oldest_first = jnp.minimum(back[::-1], age[:, None])
-        numbers = (numbers[:, None] - oldest_first * self.num_envs) % size
-        return self.frames[numbers].reshape(-1, STACK, SIDE, SIDE)
+        steps_back = jnp.minimum(back[::-1], age[:, None])
+        slots = (numbers[:, None] - steps_back * self.num_envs) % size
+        return self.frames[slots].reshape(-1, STACK, SIDE, SIDE)
 
 
 # Actions that AtariGames forces, by their numbers in the games that have FIRE as the second.
@@ -544,7 +560,7 @@ class GameStep(NamedTuple):
     actions: np.ndarray  # int64 (num_envs,): what was really done
     rewards: np.ndarray  # float32 (num_envs,): their signs
     terminations: np.ndarray  # bool (num_envs,): a game is over or a life is lost
-    no_successor: np.ndarray  # bool (num_envs,): cut off by a time limit, or forced
+    excluded: np.ndarray  # bool (num_envs,): cut off by a time limit, or forced; see FrameReplay
     finished: list[FinishedGame]
 
 
@@ -552,8 +568,8 @@ class AtariGames:
     """Atari as the reference wrappers show it (stable_baselines3's AtariWrapper), one per seed.
 
     An image is grey, 84 x 84; an episode's first one fills its whole stack. A lost life ends an
-    episode, not the game, and forces a NOOP; where there is FIRE, FIRE and RIGHT follow it, and
-    open every game as well. Such a step is not the agent's, and is an episode of its own.
+    episode, not the game. After it NOOP is forced and, in games that have FIRE, FIRE and RIGHT;
+    these two also open every game. Each forced step is an episode of its own.
 
     Games play on between `step_async` and `step_wait`, in ALE's threads. All follows from seeds and
     actions.
@@ -579,7 +595,7 @@ class AtariGames:
             episodic_life=False,  # EpisodicLifeEnv: in step_wait
             use_fire_reset=False,  # FireResetEnv: in step_async
             reward_clipping=False,  # ClipRewardEnv: in step_wait, since scores are of raw rewards
-            img_height=height,  # WarpFrame: in grey, since ALE's own grey differs from OpenCV's
+            img_height=height,  # WarpFrame: in grey(), since ALE's grey differs from OpenCV's
             img_width=width,
             grayscale=False,
             stack_num=1,  # VecFrameStack: in step_wait
@@ -587,7 +603,7 @@ class AtariGames:
         )
         self.num_actions = int(self.emulators.single_action_space.n)
 
-        # The action that is forced when so many are left to force.
+        # forced_actions[k] is forced while k are left, so from right to left; [0] never is.
         launches = self.emulators.ale.get_action_set()[1] == ale_py.Action.FIRE
         if launches:
             self.forced_actions = np.array([NOOP, RIGHT, FIRE, NOOP])
@@ -599,7 +615,8 @@ class AtariGames:
 
         self.images, info = self.emulators.reset(seed=seeds)  # in colour and full size
         self.lives = info["lives"]
-        self.first_frames = np.zeros(num_envs, dtype=int)  # numbers of each game's first frame
+        # The number of each game's first frame, in ALE's count of all frames.
+        self.first_frames = np.zeros(num_envs, dtype=int)
         self.scores = np.zeros(num_envs)
         # What to act on, uint8 (num_envs, 4, 84, 84).
         self.obs = self.grey()[:, None].repeat(STACK, axis=1)
@@ -630,6 +647,7 @@ class AtariGames:
         self.forced_left[ended] = self.forced_after_game
 
         self.scores += rewards
+        # Where a game has ended, these are of the next one already.
         first_frames = info["frame_number"] - info["episode_frame_number"]
         finished = []
         for env in np.flatnonzero(ended).tolist():
@@ -646,7 +664,7 @@ class AtariGames:
             actions=self.actions,
             rewards=np.sign(rewards, dtype=np.float32),
             terminations=game_over | life_lost,
-            no_successor=truncated | self.forced,
+            excluded=truncated | self.forced,
             finished=finished,
         )
 
@@ -663,9 +681,10 @@ def evaluate(
     """Raw scores of `episodes` whole games by `policy`, which is `act` of some network.
 
     epsilon is end_e by default; the first game goes to `video`. Games and random numbers are its
-    own. How many games each environment plays is fixed beforehand, so that short ones are not
-    preferred; and scores come in the order of the environments, the first game of each first, so
-    that the first ten are not the shortest. A signal in `stop` raises Stopped.
+    own and the same each time. How many games each environment plays is fixed beforehand, so that
+    short ones are not preferred. Scores come in the order of the environments, the first game of
+    each first, so that the first ten are not the shortest. `stop` is a list of signals, see main:
+    once one has come, Stopped is raised.
     """
     if epsilon is None:
         epsilon = args.end_e
@@ -681,7 +700,7 @@ def evaluate(
     film = nullcontext() if video is None else open_film(video, games.images)
     bar = tqdm(total=episodes, desc="evaluation", unit="game", leave=False)
     with film, bar:
-        while bar.n < episodes:
+        while played.sum() < episodes:
             if stop:
                 raise Stopped(stop[0], "stopped")
             if video is not None and played[0] == 0:
@@ -702,7 +721,7 @@ def evaluate(
 
 
 class Learner:
-    """The student, its target network, its optimizer, and the gradient step of both phases."""
+    """The student, its target network, its optimizer, and the gradient step of phases 2 and 3."""
 
     def __init__(self, args: Args, num_actions: int):
         self.args = args
@@ -710,9 +729,9 @@ class Learner:
         self.network = NETWORKS[args.network](num_actions, dtype)
         self.key = jax.random.PRNGKey(args.seed)
         obs = np.zeros((1, STACK, SIDE, SIDE), np.uint8)
-        # Twice the same, since arrays that are donated must not be those of another tree.
         self.params = jax.jit(self.network.init)(self.key, obs)
-        self.target_params = jax.jit(self.network.init)(self.key, obs)
+        # Copies, since `update` is given the arrays of params to use up.
+        self.target_params = jax.tree.map(jnp.copy, self.params)
         self.adam = optax.scale_by_adam(eps=args.adam_eps)
         self.opt_state = self.adam.init(self.params)  # its averages, and how many gradient steps
         self.distill_weight = 0.0
@@ -732,7 +751,8 @@ class Learner:
     def update(self, params, opt_state, target_params, replay, distill_weight, learning_rate):
         """A gradient step as one XLA program: new params, opt_state and metrics.
 
-        The first two are donated. `self` is a constant of the program: nothing in it may change.
+        The old params and opt_state may not be used again. What is read from `self` is fixed when
+        this is compiled; what changes from step to step is an argument.
         """
         args = self.args
         key = jax.random.fold_in(self.key, opt_state.count)
@@ -780,21 +800,23 @@ class Learner:
         return values
 
     def update_target(self, tau: float):
-        follow = jax.jit(optax.incremental_update, donate_argnums=1)
-        self.target_params = follow(self.params, self.target_params, tau)
+        self.target_params = move_towards(self.params, self.target_params, tau)
+
+
+move_towards = jax.jit(optax.incremental_update, donate_argnums=1)
 
 
 @dataclass
 class Progress:
     """How far a run has come: each phase is a loop that goes on from here."""
 
-    phase: str = "online"  # before it "teacher buffer" and "offline"
+    phase: str = "online"  # with a teacher, "teacher buffer" and "offline" come first
     step: int = 0  # of this phase: environment steps, offline gradient steps
     global_step: int = 0  # of logs and exploration: offline and online steps
     seconds: float = 0.0  # spent on online steps, evaluations excluded
     teacher_return: float = 0.0  # mean score of its games
     baseline_return: float = 0.0  # that of random play, if lambda looks at it
-    distilling: bool = False  # once False, for good: the teacher is not asked any more
+    distilling: bool = False  # True while there is a teacher; once it is let go of, False for good
     recent_returns: list[float] = field(default_factory=list)  # of ten whole games, for lambda
     scores: list[float] = field(default_factory=list)  # of the last evaluation's games
     evaluated: bool = False  # whether that was at this very step
@@ -821,7 +843,7 @@ def fill_teacher_buffer(run: "Run", learner: Learner, replay: FrameReplay) -> Fr
     if file is not None and file.exists():
         return load_teacher_buffer(file, run.made_with(), replay)
 
-    num_envs = replay.num_envs
+    num_envs = replay.num_envs  # more than the student's, see TEACHER_ENVS_PER_ENV
     key = key_for("teacher buffer", args.seed)
     games = AtariGames(args, seeds_for("teacher buffer", args.seed, num_envs, progress.step))
 
@@ -833,15 +855,15 @@ def fill_teacher_buffer(run: "Run", learner: Learner, replay: FrameReplay) -> Fr
         actions, q_values = act(*run.teacher, key, progress.step, obs, epsilon)
         games.step_async(np.asarray(actions))
         step = games.step_wait()
-        replay = replay.add(obs, stored(step), q_values)
+        replay = replay.add(obs, without_games(step), q_values)
         progress.advance(num_envs)
         bar.update(num_envs)
         if step.finished:
-            bar.postfix = f"return={step.finished[-1].score:.1f}, λ=1.00"
+            bar.postfix = f"return={step.finished[-1].score:.1f}"
     bar.close()
 
     if file is not None:
-        # By PyTorch, so that the sibling can read it as well.
+        # By PyTorch, so that qdagger_dqn_atari_impalacnn.py can read it as well.
         content = {"made_with": run.made_with(), "replay": jax.tree.map(torch.tensor, pack(replay))}
         write(partial(torch.save, content), file)
     return replay
@@ -882,18 +904,18 @@ def learn_offline(run: "Run", learner: Learner, replay: FrameReplay) -> None:
 
     run.evaluate(learner, "charts/offline/avg_episodic_return")
     run.checkpoint_if_due(learner, replay)
-    learner.update_target(tau=1.0)
-    # Lambda is informed from the start: the games just played are the first ten.
+    learner.update_target(tau=1.0)  # phase 3 begins with two equal networks
+    # The games just played give the first lambda of phase 3.
     progress.recent_returns = progress.scores[:GAMES_FOR_LAMBDA]
 
 
-def fading_lambda(args: Args, progress: Progress) -> float:
-    """The weight of the teacher in the step to come; it may be let go of for good."""
+def fade_teacher(args: Args, progress: Progress) -> float:
+    """Lambda for the coming step; also lets go of the teacher for good when that is due."""
     if args.distill_steps is not None and progress.step >= args.distill_steps:
         progress.distilling = False
     if not progress.distilling:
         return 0.0
-    lambda_ = distill_coefficient(
+    lambda_ = compute_lambda(
         progress.recent_returns, progress.teacher_return, progress.baseline_return
     )
     if args.distill_latch and lambda_ == 0:
@@ -906,10 +928,10 @@ def learn_online(run: "Run", learner: Learner, replay: FrameReplay) -> None:
     args = run.args
     progress = run.progress
     exploration_steps = args.exploration_fraction * args.total_timesteps
-    # The first draw needs a stack of frames and n rewards of each game.
+    # The first draw needs n steps ahead of it, and more steps than the two that launch a game.
     learning_starts = max(args.learning_starts, (args.n_step + STACK) * args.num_envs)
-    learning_rate = args.learning_rate
-    learner.metrics = {}
+    learning_rate = args.learning_rate  # stays so without a teacher, where lambda means nothing
+    learner.metrics = {}  # else those of the last offline step would be logged as online
 
     key = key_for("online", args.seed)
     games = AtariGames(args, seeds_for("online", args.seed, args.num_envs, progress.step))
@@ -918,15 +940,18 @@ def learn_online(run: "Run", learner: Learner, replay: FrameReplay) -> None:
     while progress.step < args.total_timesteps:
         begin = progress.step
         end = begin + args.num_envs
+        # Whether it was due within the stride that ends here. At step 0 phase 2 has just done it,
+        # if there was one.
         if begin > 0 and due(begin - args.num_envs, begin, args.eval_frequency):
             run.evaluate(learner, "eval/episodic_return")
         run.checkpoint_if_due(learner, replay)
         start = time.perf_counter()
 
         # How much the teacher weighs, and how much the student explores.
-        lambda_ = fading_lambda(args, progress)
+        lambda_ = fade_teacher(args, progress)
         if run.teacher is not None:
             learning_rate = learner.set_lambda(lambda_)
+        # As in CleanRL's file, offline steps count: by default epsilon is at 0.5 here already.
         epsilon = linear_schedule(args.start_e, args.end_e, exploration_steps, progress.global_step)
 
         # ACT: the games play on while the student learns.
@@ -934,7 +959,7 @@ def learn_online(run: "Run", learner: Learner, replay: FrameReplay) -> None:
         actions, _ = act(learner.network, learner.params, key, begin, obs, epsilon)
         games.step_async(np.asarray(actions))
 
-        # LEARN
+        # LEARN from what is stored so far: this step is not yet.
         for number in range(begin + 1, end + 1):
             if number > learning_starts and number % args.train_frequency == 0:
                 learner.gradient_step(replay)
@@ -944,9 +969,9 @@ def learn_online(run: "Run", learner: Learner, replay: FrameReplay) -> None:
         # STORE
         teacher_q_values = None
         if progress.distilling:
-            _, teacher_q_values = act(*run.teacher, key, begin, obs, 0.0)
+            _, teacher_q_values = act(*run.teacher, key, begin, obs, 0.0)  # for its Q-values alone
         step = games.step_wait()
-        replay = replay.add(obs, stored(step), teacher_q_values)
+        replay = replay.add(obs, without_games(step), teacher_q_values)
         progress.advance(args.num_envs)
         progress.seconds += time.perf_counter() - start
         bar.update(args.num_envs)
@@ -962,15 +987,15 @@ def learn_online(run: "Run", learner: Learner, replay: FrameReplay) -> None:
                 metrics.pop("distill_loss", None)
             scalars = {f"losses/{name}": value for name, value in metrics.items()}
             scalars["charts/epsilon"] = epsilon
-            scalars["charts/distill_coeff"] = lambda_
+            scalars["charts/distill_coeff"] = lambda_  # CleanRL's name for it
             scalars["charts/learning_rate"] = learning_rate
             scalars["charts/SPS"] = end / progress.seconds
             run.log(scalars)
-            student_return = np.mean(progress.recent_returns or math.nan)
+            student_return = np.mean(progress.recent_returns or math.nan)  # nan: no game yet
             bar.postfix = f"return={student_return:.1f}, λ={lambda_:.2f}"
     bar.close()
 
-    if progress.step > 0:
+    if progress.step > 0:  # else the evaluation of phase 2 stands
         run.evaluate(learner, "eval/episodic_return")
     run.checkpoint_if_due(learner, replay)
 
@@ -978,7 +1003,7 @@ def learn_online(run: "Run", learner: Learner, replay: FrameReplay) -> None:
 def train(args: Args, stop: Sequence[int] = ()) -> Path:
     """Run all phases, or what --resume has left of them; returns the directory of the run.
 
-    A signal in `stop`, which may grow meanwhile, raises Stopped after a checkpoint.
+    `stop` is a list of signals, see main: once one has come, Stopped is raised after a checkpoint.
     """
     saved = None if args.resume is None else load_checkpoint(Path(args.resume))
     validate(args)
@@ -988,7 +1013,7 @@ def train(args: Args, stop: Sequence[int] = ()) -> Path:
         check_upload(args)
     run = Run(args, stop)
     learner = Learner(args, run.num_actions)
-    run.new_replay()  # a GPU without room says so now; RAM fills later
+    run.make_replay()  # the student's, freed at once: a GPU without room should say so now
 
     # Phase 0: the teacher is found and measured. A run that is resumed has that behind it.
     if saved is not None:
@@ -996,7 +1021,7 @@ def train(args: Args, stop: Sequence[int] = ()) -> Path:
     elif args.teacher != "none":
         run.meet_teacher()
     run.open()
-    replay = run.new_replay(saved)
+    replay = run.make_replay(saved)
 
     if run.progress.phase == "teacher buffer":
         replay = fill_teacher_buffer(run, learner, replay)
@@ -1005,15 +1030,15 @@ def train(args: Args, stop: Sequence[int] = ()) -> Path:
         learn_offline(run, learner, replay)
         run.progress.begin("online")
         del replay  # there is never room for two
-        replay = run.new_replay()
+        replay = run.make_replay()
     learn_online(run, learner, replay)
     run.finish()
     return run.directory
 
 
-# --- The method is above: runs, teachers, publishing, flags ---
+# --- The method is above. Below: runs, teachers, publishing, flags ---
 
-TEACHER_ENVS_PER_ENV = 8  # the more the faster, since a teacher's policy never ages
+TEACHER_ENVS_PER_ENV = 8  # more is faster, and does no harm, since the teacher does not learn
 CHECKPOINT_SECONDS = 600
 
 
@@ -1083,7 +1108,7 @@ class Run:
             self.directory.mkdir(parents=True)
         else:
             self.directory = Path(args.resume)
-        # What was logged after the checkpoint is logged again; after one of phase 1, everything.
+        # What was logged after the checkpoint is logged again; if that is of phase 1, everything.
         starts_anew = args.resume is None or self.progress.phase == "teacher buffer"
         first_step = 0 if starts_anew else self.progress.global_step + 1
 
@@ -1120,7 +1145,7 @@ class Run:
         if args.capture_video:
             video = self.directory / "videos" / f"{progress.global_step}.mp4"
         policy = partial(act, learner.network, learner.params)
-        with suppress(Stopped):  # a checkpoint first, see checkpoint_if_due
+        with suppress(Stopped):  # checkpoint_if_due follows, saves the run and raises it again
             progress.scores = evaluate(policy, args, args.eval_episodes, self.stop, video=video)
             progress.evaluated = True
             self.checkpoint_due = True
@@ -1157,7 +1182,7 @@ class Run:
             "optimizer": jax.tree.leaves(learner.opt_state),
             "replay": pack(replay),
         }
-        # As an array in an npz, whose checksum tells damage.
+        # As an array in an npz file, whose checksum reveals damage.
         state = np.frombuffer(serialization.msgpack_serialize(content), np.uint8)
         path = self.directory / "checkpoint.npz"
         write(partial(np.savez, state=state), path, self.directory / "checkpoint.previous.npz")
@@ -1165,7 +1190,7 @@ class Run:
         self.next_checkpoint = time.monotonic() + CHECKPOINT_SECONDS
 
     def restore(self, saved, learner):
-        """Go on from a checkpoint; its replay is restored by `new_replay`."""
+        """Go on from a checkpoint; its replay is restored by `make_replay`."""
 
         def like(tree, leaves: list):
             return jax.tree.unflatten(jax.tree.structure(tree), map(jnp.asarray, leaves))
@@ -1179,8 +1204,8 @@ class Run:
             learner.target_params = like(learner.target_params, saved["target_params"])
             learner.opt_state = like(learner.opt_state, saved["optimizer"])
 
-    def new_replay(self, saved=None) -> FrameReplay:
-        """Online the student's, before that the teacher's; with what was saved of it."""
+    def make_replay(self, saved=None) -> FrameReplay:
+        """A replay for this phase, the teacher's buffer or the student's; restored from `saved`."""
         capacity = self.args.buffer_size
         num_envs = self.args.num_envs
         if self.progress.phase != "online":
@@ -1193,9 +1218,9 @@ class Run:
         return replay
 
     def made_with(self) -> dict:
-        """What a file of --teacher-buffer depends on."""
+        """What a file of --teacher-buffer depends on, but for the seed: all seeds may share one."""
         names = ["env_id", "repeat_action_probability", "num_envs", "teacher_steps"]
-        names += ["start_e", "end_e", "temperature"]
+        names += ["start_e", "end_e", "temperature"]  # the last scales logits, see load_sb3
         settings = {name: getattr(self.args, name) for name in names}
         return settings | {"teacher": self.facts["teacher_sha256"]}
 
@@ -1212,7 +1237,7 @@ PURPOSES = ("teacher buffer", "online", "evaluation", "baseline")
 
 
 def seeds_for(purpose: str, seed: int, count: int, step: int = 0) -> np.ndarray:
-    """`count` seeds, int64 (count,), unlike those of any other purpose, run or step of a resume."""
+    """`count` seeds, int64 (count,), unlike those of another purpose, seed or step of a resume."""
     entropy = np.random.SeedSequence([seed, PURPOSES.index(purpose), step])
     return entropy.generate_state(count).astype(np.int64) % 2**31
 
@@ -1221,12 +1246,12 @@ def key_for(purpose, seed) -> jax.Array:
     return jax.random.PRNGKey(seeds_for(purpose, seed, 1)[0])
 
 
-def stored(step: GameStep) -> GameStep:
-    """What the replay keeps of it: a tree of arrays, the same for each step."""
+def without_games(step: GameStep) -> GameStep:
+    """For `FrameReplay.add`, which would be compiled anew for each number of finished games."""
     return step._replace(finished=None)
 
 
-FIELDS = ("actions", "rewards", "terminations", "no_successor", "teacher_q_values")
+FIELDS = ("actions", "rewards", "terminations", "excluded", "teacher_q_values")
 BLOCK = 4096  # frames that are compressed together
 
 
@@ -1245,8 +1270,10 @@ def pack(replay) -> dict:
 
 
 def unpack(state, replay) -> FrameReplay:
-    """A replay of this shape, which is given up, restored. Its games are gone: their last steps
-    have no successor."""
+    """The replay restored; the one given, of the same shape, may not be used again.
+
+    Its games are gone, so their last steps are excluded.
+    """
     used = len(state["actions"])
     put = jax.jit(partial(jax.lax.dynamic_update_slice_in_dim, axis=0), donate_argnums=0)
     frames = replay.frames
@@ -1256,7 +1283,7 @@ def unpack(state, replay) -> FrameReplay:
     fields = {name: getattr(replay, name).at[:used].set(state[name]) for name in FIELDS}
     newest = state["written"] * replay.num_envs - 1 - np.arange(replay.num_envs)
     newest %= len(replay.rewards)
-    fields["no_successor"] = fields["no_successor"].at[newest].set(True)
+    fields["excluded"] = fields["excluded"].at[newest].set(True)
     written = jnp.asarray(state["written"], jnp.int32)
     return replay.replace(frames=frames, written=written, **fields)
 
@@ -1320,7 +1347,7 @@ def load_sb3(path, num_actions, temperature) -> dict[str, Tensor]:
     # Value and target networks, and copies.
     unused = r".*(_target|value_net)\.|(pi|vf)_features_extractor\."
     state = {name: tensor for name, tensor in state.items() if not re.match(unused, name)}
-    if its_actions != num_actions or len(state) != 10:
+    if its_actions != num_actions or len(state) != 10:  # five layers, each weight and bias
         raise ValueError(
             f"no CnnPolicy of DQN, QR-DQN, PPO or A2C for the {num_actions} actions of --env-id"
         )
@@ -1328,7 +1355,7 @@ def load_sb3(path, num_actions, temperature) -> dict[str, Tensor]:
         # QR-DQN's gives quantiles for each action, whose mean is linear, too.
         by_quantile = state[name].unflatten(0, (-1, num_actions))
         state[name] = by_quantile.mean(0)
-        if "action" in name:
+        if "action" in name:  # of PPO and A2C: action_net
             state[name] *= temperature
     return state
 
@@ -1514,7 +1541,7 @@ def check_unchanged(args, before):
             raise UserError(f"--{name} {getattr(args, flag)}: {rule}")
 
 
-def play(args, stop):
+def play_model(args, stop):
     """--evaluate: print each game's score, and their mean and standard deviation."""
     validate(args)
     path = Path(args.evaluate)
@@ -1558,7 +1585,7 @@ def main():
         if not args.cuda:
             jax.config.update("jax_platforms", "cpu")
         if args.evaluate:
-            play(args, stop)
+            play_model(args, stop)
         else:
             train(args, stop)
     except (UserError, OSError) as error:

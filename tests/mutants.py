@@ -2,7 +2,10 @@
 
 MUTANTS = {
     # the loss
-    "KL's arguments exchanged": ("F.kl_div(student, teacher,", "F.kl_div(teacher, student,"),
+    "KL's arguments exchanged": (
+        "student_log_probs, teacher_log_probs, log",
+        "teacher_log_probs, student_log_probs, log",
+    ),
     "KL summed over the batch": ('reduction="batchmean"', 'reduction="sum"'),
     "the student's temperature missing": (
         "F.log_softmax(q_values / temperature,",
@@ -19,15 +22,15 @@ MUTANTS = {
     ),
     # lambda and schedules
     "lambda not clipped": ("student / teacher, 0, 1))", "student / teacher, -9e9, 9e9))"),
-    "lambda of a single game": ("if len(returns) < GAMES_FOR_LAMBDA:", "if len(returns) < 1:"),
+    "lambda of a single game": ("if len(scores) < GAMES_FOR_LAMBDA:", "if len(scores) < 1:"),
     "lambda cut off a step late": (
         "progress.step >= args.distill_steps",
         "progress.step > args.distill_steps",
     ),
     "lambda is not informed by the offline phase": ("= progress.scores[:GAMES_FOR_LAMBDA]", "= []"),
     "the baseline forgotten": (
-        "student = np.mean(returns) - baseline_return",
-        "student = np.mean(returns)",
+        "student = np.mean(scores) - baseline_return",
+        "student = np.mean(scores)",
     ),
     "lambda comes back after the latch": ("if args.distill_latch and lambda_ == 0:", "if False:"),
     "epsilon of the online step": (
@@ -46,16 +49,16 @@ MUTANTS = {
     "rewards undiscounted": ("counted * gamma**ahead", "counted"),
     "termination ignored": (" * bootstraps", ""),
     "a return across a termination": (
-        "(terminated_earlier + cut_off.cumsum(1))",
-        "cut_off.cumsum(1)",
+        "(terminated_earlier + excluded.cumsum(1))",
+        "excluded.cumsum(1)",
     ),
     "a return across a truncation": (
-        "terminated_earlier + cut_off.cumsum(1)",
+        "terminated_earlier + excluded.cumsum(1)",
         "terminated_earlier",
     ),
     "a stack across a termination": ("self.terminations[before] | self", "self"),
     "a stack across a truncation": (
-        "terminations[before] | self.no_successor[before]",
+        "terminations[before] | self.excluded[before]",
         "terminations[before]",
     ),
     "truncated steps drawn": ("argsort(stable=True)", "argsort(stable=True, descending=True)"),
@@ -83,14 +86,14 @@ MUTANTS = {
     ),
     "clipped returns reported": ("self.scores += rewards", "self.scores += np.sign(rewards)"),
     "rewards not clipped": ("np.sign(rewards, dtype=np.float32)", "rewards.astype(np.float32)"),
-    "launches learned from": ("no_successor=truncated | self.forced", "no_successor=truncated"),
+    "launches learned from": ("excluded=truncated | self.forced", "excluded=truncated"),
     "lives not launched": (
         "self.forced_left[life_lost] = self.forced_after_life",
         "self.forced_left[life_lost] = 0",
     ),
     "another grey": ("interpolation=cv2.INTER_AREA", "interpolation=cv2.INTER_LINEAR"),
     "a stack begins with the last episode": ("begins = (ended | life_lost |", "begins = (ended |"),
-    "short games preferred": ("if nth * num_envs + env < episodes:", "if bar.n < episodes:"),
+    "short games preferred": ("if nth * num_envs + env < episodes:", "if nth < rounds:"),
     "evaluation explores": ("epsilon = args.end_e", "epsilon = args.start_e"),
     "evaluation of other games each time": (
         "manual_seed(int(seeds[0]))\n",
@@ -119,7 +122,7 @@ MUTANTS = {
         "            if begin % args.target",
     ),
     "no target update at the end of the offline phase": (
-        "    learner.update_target(tau=1.0)\n",
+        "learner.update_target(tau=1.0)",
         "",
     ),
     "tau ignored": ("online, tau)", "online, 1.0)"),
@@ -167,7 +170,7 @@ MUTANTS = {
         "nth * num_envs + env < episodes",
         "nth * num_envs <= episodes",
     ),
-    "a draw of too few hands out what has no successor": ("% valid\n", "\n"),
+    "a draw of too few hands out what has no successor": ("% num_valid\n", "\n"),
     "an evaluation is repeated after a resume": ("if progress.evaluated:", "if False:"),
     "a resumed phase begins with the games of its start": (
         'seeds_for("online", args.seed, args.num_envs, progress.step)',
@@ -175,6 +178,10 @@ MUTANTS = {
     ),
     "the teacher's phase counted in logs": ('if self.phase != "teacher buffer":', "if True:"),
     "a checkpoint of the last phase counts in this one": ("        self.saved_step = 0\n", ""),
+    "the learning rate no longer reaches Adam": (
+        'self.optimizer.param_groups[0]["lr"].fill_(learning_rate)',
+        "pass",
+    ),
     # teachers
     "the policy's temperature forgotten": ("state[name] *= temperature", "pass"),
     "quantiles added up": ("by_quantile.mean(0)", "by_quantile.sum(0)"),

@@ -115,6 +115,16 @@ def test_two_gradient_steps_and_target_updates_by_hand():
         assert "--learning-rate" in refusal(made.read_metrics)
 
 
+def test_the_learning_rate_follows_lambda_after_a_resume_too():
+    """Loading the optimizer's state replaces the tensors in it; Adam's own is what must change."""
+    made, replay = learner()
+    made.gradient_step(replay)
+    made.optimizer.load_state_dict(made.optimizer.state_dict())
+    for lambda_, learning_rate in ((1.0, 1e-3), (0.0, 5e-4)):
+        assert made.set_lambda(lambda_) == pytest.approx(learning_rate)
+        assert made.optimizer.param_groups[0]["lr"].item() == pytest.approx(learning_rate)
+
+
 @pytest.mark.parametrize(
     "able, cpu, fast", [("amx_bf16", "", 1), ("avx512_bf16", "", 0), ("avx512_bf16", "AMD", 1)]
 )

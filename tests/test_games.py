@@ -215,8 +215,8 @@ def test_samples_are_the_steps_that_were_played(game, max_frames, monkeypatch):
         obs = next_obs
     doubled.check(n_step=3)
     replay, launched = doubled.replay, doubled.replay.actions < 3
-    assert launched.sum() > 6 and replay.no_successor[launched].all()
-    assert (replay.no_successor & ~launched).any() == (game == "Pong") != replay.terminations.any()
+    assert launched.sum() > 6 and replay.excluded[launched].all()
+    assert (replay.excluded & ~launched).any() == (game == "Pong") != replay.terminations.any()
     assert sum(block.nbytes for block in pack(replay)["frames"]) < replay.frames.nbytes / 8
 
 

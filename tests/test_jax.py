@@ -51,8 +51,8 @@ os.environ |= {
 }
 jax.config.update("jax_compilation_cache_dir", CACHE.name)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-SAME = "UserError Stopped user_error distill_coefficient linear_schedule due FinishedGame GameStep AtariGames "
-SAME += "Learner.read_metrics Progress fading_lambda Run.open Run.log Run.checkpoint_if_due Run.made_with Run.finish "
+SAME = "UserError Stopped user_error compute_lambda linear_schedule due FinishedGame GameStep AtariGames "
+SAME += "Learner.read_metrics Progress fade_teacher Run.open Run.log Run.checkpoint_if_due Run.made_with Run.finish "
 SAME += "seeds_for open_film load_sb3 find_teacher check_upload upload validate check_unchanged parse_flags"
 
 
@@ -188,7 +188,9 @@ class Replay:
 
     def add(self, frames, step, teacher_q_values) -> None:
         obs = np.asarray(frames)[:, None]
-        self.replay = self.replay.add(obs, qdagger.stored(step), np.asarray(teacher_q_values))
+        self.replay = self.replay.add(
+            obs, qdagger.without_games(step), np.asarray(teacher_q_values)
+        )
 
     def sample(self, batch_size: int, n_step: int, gamma: float, _) -> sibling.Batch:
         self.draws += 1
@@ -256,7 +258,7 @@ def test_a_teachers_buffer_serves_both_programs(tmp_path):
     back = qdagger.load_teacher_buffer(tmp_path / "theirs", made_with, FrameReplay.create(24, 4, 3))
     for name in ("frames", *qdagger.FIELDS):
         stored, expected = (np.asarray(getattr(each, name))[:20] for each in (back, replay))
-        if name == "no_successor":
+        if name == "excluded":
             expected = np.append(expected[:16], [True] * 4)
         in_theirs = getattr(theirs, name)[:20].numpy().reshape(expected.shape)
         assert (stored == expected).all() and (in_theirs == expected).all(), name
@@ -448,7 +450,7 @@ def test_a_run_stopped_or_killed_goes_on_as_if_nothing_had_happened(go):
         replay, phase = stopped["replay"], stopped["progress"]["phase"]
         envs, rows = (64, 8) if phase == "teacher buffer" else (8, 30)
         last = (int(replay["written"]) - 1) % rows * envs
-        if phase == "offline" or replay["no_successor"][last : last + envs].all():
+        if phase == "offline" or replay["excluded"][last : last + envs].all():
             ours, theirs = state(run), state(whole)
             assert ours.keys() == theirs.keys() and points(run) == points(whole)
             assert all(np.array_equal(ours[name], theirs[name]) for name in ours), at

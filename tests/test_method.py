@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from hypothesis import given, strategies
 from torch.distributions import Categorical, kl_divergence
 
-from qdagger_dqn_atari_impalacnn import NETWORKS, Batch, act, distill_coefficient, due, qdagger_loss
+from qdagger_dqn_atari_impalacnn import NETWORKS, Batch, act, compute_lambda, due, qdagger_loss
 
 
 def test_large_q_values_at_a_low_temperature_stay_finite():
@@ -83,9 +83,9 @@ def test_lambda_is_the_share_of_the_teachers_return_that_ten_games_lack(
 ):
     """1 - (G_student - baseline) / (G_teacher - baseline), clipped; 1 before ten games."""
     returns = [student + spread for spread in (-40, -30, -20, -10, 0, 0, 10, 20, 30, 40)]
-    coefficient = distill_coefficient(returns, teacher, baseline)
+    coefficient = compute_lambda(returns, teacher, baseline)
     assert coefficient == pytest.approx(expected) and type(coefficient) is float
-    assert [distill_coefficient(returns[:n], teacher, baseline) for n in (0, 1, 9)] == [1, 1, 1]
+    assert [compute_lambda(returns[:n], teacher, baseline) for n in (0, 1, 9)] == [1, 1, 1]
 
 
 @given(*(strategies.integers(*limits) for limits in ((0, 500), (1, 60), (0, 80))))

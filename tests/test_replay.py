@@ -150,7 +150,7 @@ def test_a_frame_is_stored_once_and_restored_from_a_far_smaller_file(tmp_path, m
     doubled.play(random_ends(100, 3))
     write({"made_with": {"num_envs": 3}, "replay": pack(doubled.replay)}, file)
     load_teacher_buffer(file, {"num_envs": 3}, restored)
-    doubled.replay.no_successor[99 % 30 * 3 + torch.arange(3)] = True
+    doubled.replay.excluded[99 % 30 * 3 + torch.arange(3)] = True
     tensors = {
         name: value for name, value in vars(doubled.replay).items() if torch.is_tensor(value)
     }

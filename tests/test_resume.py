@@ -91,7 +91,7 @@ def exactly_restored(content: dict) -> bool:
     envs, rows = (64, 8) if phase == "teacher buffer" else (8, 30)
     return (
         phase == "offline"
-        or replay["no_successor"].view(-1, envs)[(replay["written"] - 1) % rows :][:1].all().item()
+        or replay["excluded"].view(-1, envs)[(replay["written"] - 1) % rows :][:1].all().item()
     )
 
 

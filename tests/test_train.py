@@ -366,7 +366,7 @@ def test_the_file_of_the_buffer_is_for_students_of_the_same_teacher_alone(
     path, other = tmp_path / "buffer", tmp_path / "other"
     runs = [run(teacher_buffer=str(path), seed=seed) for seed in (1, 2)]
     (first, played), (second, played_again) = [next(iter(seen.rows.items())) for seen in runs]
-    first.no_successor[-32:] = True  # so does the last row count once it is read
+    first.excluded[-32:] = True  # so does the last row count once it is read
     assert same(run(teacher_buffer=str(path), seed=1).weights, runs[0].weights), (
         "the same run, made or read"
     )
