@@ -62,7 +62,9 @@ from typing import Literal, NamedTuple
 # Both must be set before jax is imported. Else it takes at once all that it may, 75% of a GPU.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 # Makes convolutions on a CPU 1.4 times as fast.
-os.environ.setdefault("XLA_FLAGS", "--xla_cpu_experimental_ynn_fusion_type=-individual_convolution")
+os.environ.setdefault(
+    "XLA_FLAGS", "--xla_cpu_experimental_ynn_fusion_type=-individual_convolution"
+)
 
 import ale_py
 import cv2
@@ -120,7 +122,7 @@ class Args:
     network: Literal["impala", "nature"] = "impala"  # architecture of the network that learns
     total_timesteps: int = 10_000_000  # environment steps of the online phase
     learning_rate: float = 1e-4  # Adam's step size; with --final-learning-rate, that at lambda = 1
-    final_learning_rate: float | None = None  # that at lambda = 0; unset, or no teacher: constant
+    final_learning_rate: float | None = None  # Adam's step size at lambda = 0; unset: constant
     adam_eps: float = 1e-8  # Adam's epsilon
     buffer_size: int = 1_000_000  # environment steps in the student's replay; 7.06 GB per million
     gamma: float = 0.99  # discount per step
@@ -131,20 +133,20 @@ class Args:
     huber: bool = False  # Huber instead of squared TD error
     start_e: float = 1.0  # exploration at first, while the teacher or the student plays
     end_e: float = 0.01  # exploration in the end, and in every evaluation
-    exploration_fraction: float = 0.10  # of total_timesteps; offline and online steps count in it
+    exploration_fraction: float = 0.10  # share of total_timesteps in which exploration falls
     learning_starts: int = 80_000  # online steps before the first online gradient step
     train_frequency: int = 4  # online steps per gradient step
 
     # QDagger
     teacher_steps: int = 500_000  # environment steps of the teacher's buffer
     offline_steps: int = 500_000  # gradient steps on the teacher's buffer; 0: no such buffer either
-    temperature: float = 0.1  # of both policies in the distillation loss, softmax(Q / temperature)
+    temperature: float = 0.1  # of both policies to be compared, softmax(Q / temperature)
     distill_coef: float = 3.0  # weight of the distillation loss, times lambda
     distill_steps: int | None = None  # online steps after which lambda is 0; unset: never cut off
     distill_latch: bool = False  # once lambda was 0, keep it there
-    return_baseline: Literal["zero", "random"] = "zero"  # taken off both returns in lambda
+    return_baseline: Literal["zero", "random"] = "zero"  # score taken off both returns in lambda
     teacher: str = "auto"  # auto (hub, else bundled), none (DQN from scratch), or a model's PATH
-    teacher_policy_hf_repo: str | None = None  # unset: cleanrl/{env_id}-{teacher_model...}-seed1
+    teacher_policy_hf_repo: str | None = None  # the teacher's hub repository; unset: CleanRL's
     teacher_model_exp_name: str = "dqn_atari_jax"  # the teacher's file there, without its ending
     teacher_eval_episodes: int = 10  # games that measure the teacher
     teacher_buffer: str | None = None  # file to read the teacher's buffer from, or to write it to
@@ -153,7 +155,7 @@ class Args:
     amp: bool = False  # all layers but the last in bfloat16; slower on a CPU
 
     # checkpoints and evaluation
-    checkpoint_frequency: int | None = None  # steps between; unset: 10 minutes; 0: at evaluations
+    checkpoint_frequency: int | None = None  # steps between checkpoints; 0: none; unset: 10 minutes
     resume: str | None = None  # go on with this run, runs/RUN, from its last checkpoint
     eval_frequency: int = 500_000  # online steps between evaluations; 0: at the end only
     eval_episodes: int = 10  # games per evaluation
