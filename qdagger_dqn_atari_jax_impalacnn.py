@@ -62,9 +62,7 @@ from typing import Literal, NamedTuple
 # Both must be set before jax is imported. Else it takes at once all that it may, 75% of a GPU.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 # Makes convolutions on a CPU 1.4 times as fast.
-os.environ.setdefault(
-    "XLA_FLAGS", "--xla_cpu_experimental_ynn_fusion_type=-individual_convolution"
-)
+os.environ.setdefault("XLA_FLAGS", "--xla_cpu_experimental_ynn_fusion_type=-individual_convolution")
 
 import ale_py
 import cv2
