@@ -1494,12 +1494,16 @@ def upload(args, run_dir, score):
         api.upload_folder(repo_id=repo.repo_id, folder_path=run_dir, ignore_patterns="checkpoint*")
 
 
+def refuse(args, flag, rule):
+    raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: {rule}")
+
+
 def validate(args):
     """UserError for the first flag that cannot work."""
 
     def require(condition, flag, rule):
         if not condition:
-            raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: {rule}")
+            refuse(args, flag, rule)
 
     is_game = args.env_id in gym.registry
     named_so = re.fullmatch(r"ALE/\w+-v5|\w+NoFrameskip-v4", args.env_id) is not None
@@ -1536,9 +1540,7 @@ def check_unchanged(args, before):
     """UserError for the first flag that a resumed run must keep, but that is another."""
     for flag, value in before.items():
         if flag not in MAY_CHANGE and getattr(args, flag) != value:
-            name = flag.replace("_", "-")
-            rule = f"the run to be resumed has {value}; leave out --resume"
-            raise UserError(f"--{name} {getattr(args, flag)}: {rule}")
+            refuse(args, flag, f"the run to be resumed has {value}; leave out --resume")
 
 
 def play_model(args, stop):

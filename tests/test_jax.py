@@ -53,7 +53,7 @@ jax.config.update("jax_compilation_cache_dir", CACHE.name)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 SAME = "UserError Stopped user_error compute_lambda linear_schedule due FinishedGame GameStep AtariGames "
 SAME += "Learner.read_metrics Progress fade_teacher Run.open Run.log Run.checkpoint_if_due Run.made_with Run.finish "
-SAME += "seeds_for open_film load_sb3 find_teacher check_upload upload validate check_unchanged parse_flags"
+SAME += "seeds_for open_film load_sb3 find_teacher check_upload upload refuse validate check_unchanged parse_flags"
 
 
 def definitions(program) -> dict[str, str]:
