@@ -1,4 +1,4 @@
-"""What several tests share: models made here, points as TensorBoard shows them, the program as a subprocess, a hub."""
+"""What several tests share: models, points as TensorBoard shows them, the program run, a hub."""
 
 import io
 import os
@@ -19,7 +19,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import qdagger_dqn_atari_impalacnn as qdagger
 
-# One thread each: on a busy machine, threads that wait for one another make small runs a hundred times slower.
+# One thread each: on a busy machine, threads that wait for one another make small runs a hundred
+# times slower.
 os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
 
@@ -42,62 +43,81 @@ def refusal(refused, *args, **options) -> str:
     with pytest.raises(qdagger.UserError) as error:
         refused(*args, **options)
     message = str(error.value)
-    assert len(message.splitlines()) == 1 and len(message) < 500
+    assert len(message.splitlines()) == 1
+    assert len(message) < 500
     return message
 
 
+def tensors_of(replay: qdagger.FrameReplay) -> dict[str, torch.Tensor]:
+    return {name: value for name, value in vars(replay).items() if torch.is_tensor(value)}
+
+
+def event_file_order(path: Path) -> list[int]:
+    """The numbers in its name: when it was made, by which process, and which file of that."""
+    return [int(part) for part in path.name.split(".") if part.isdigit()]
+
+
 def points(run: Path) -> dict[str, list]:
-    """Every (step, value) of every tag as TensorBoard shows it, without what was logged again; but not the speed."""
-    files = {
-        path: [int(part) for part in path.name.split(".") if part.isdigit()]
-        for path in run.glob("events.*")
-    }
-    with TemporaryDirectory() as directory:  # in order: names of one second are not
-        for nth, path in enumerate(sorted(files, key=files.get)):
-            shutil.copy(path, Path(directory, f"{nth:03}.tfevents"))
+    """Every (step, value) of every tag as TensorBoard shows it, but for the speed.
+
+    What was logged again is left out.
+    """
+    files = sorted(run.glob("events.*"), key=event_file_order)
+    with TemporaryDirectory() as directory:
+        # TensorBoard reads files by name, which is not in order if they are of the same second.
+        for number, path in enumerate(files):
+            shutil.copy(path, Path(directory, f"{number:03}.tfevents"))
         events = EventAccumulator(directory, size_guidance={"scalars": 0}).Reload()
-    tags = set(events.Tags()["scalars"]) - {"charts/SPS"}
-    return {
-        tag: shown
-        for tag in tags
-        if (shown := [(event.step, event.value) for event in events.Scalars(tag)])
-    }
+
+    shown = {}
+    for tag in events.Tags()["scalars"]:
+        scalars = [(event.step, event.value) for event in events.Scalars(tag)]
+        if scalars and tag != "charts/SPS":
+            shown[tag] = scalars
+    return shown
 
 
-def interrupted(
-    command: list, checkpoint: str, numbers, directory: Path, pause=lambda: 0.0
-) -> Path:
-    """The run that a program leaves in `directory`: each signal ends it, as from a terminal, `pause()` seconds
-    after it wrote `checkpoint`; it goes on with the command that it printed, at last for 200 steps."""
-    streams = dict(
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-        cwd=directory,
-    )
+def no_pause() -> float:
+    return 0.0
+
+
+def interrupted(command: list, checkpoint: str, numbers, directory: Path, pause=no_pause) -> Path:
+    """The run that a program leaves in `directory` if signals of these numbers end it, one by one.
+
+    Each comes as from a terminal, `pause()` seconds after the program wrote `checkpoint`. Then it
+    goes on with the command that it printed, and the last time it goes on for 200 steps.
+    """
 
     def last_checkpoint() -> int:
-        return max(
-            (path.stat().st_mtime_ns for path in directory.glob(f"runs/*/{checkpoint}")), default=0
-        )
+        times = [path.stat().st_mtime_ns for path in directory.glob(f"runs/*/{checkpoint}")]
+        return max(times, default=0)
 
     for number in numbers:
-        before, process = last_checkpoint(), subprocess.Popen([sys.executable, *command], **streams)
+        before = last_checkpoint()
+        process = subprocess.Popen(
+            [sys.executable, *command],
+            cwd=directory,
+            start_new_session=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
         while process.poll() is None and last_checkpoint() <= before:
             time.sleep(0.02)
         time.sleep(pause())
         os.killpg(process.pid, number)
-        output = process.communicate(timeout=100)[0]
-        assert (
-            process.returncode == (-9 if number == 9 else 128 + number)
-            and "Traceback" not in output
-        ), output
-        if number != 9:
-            command = shlex.split(output.partition("go on with: python ")[2].splitlines()[0])
-    subprocess.run(
-        [sys.executable, *command, "--total-timesteps", "200"], cwd=directory, check=True
-    )
+        output, _ = process.communicate(timeout=100)
+
+        assert "Traceback" not in output, output
+        if number == signal.SIGKILL:
+            assert process.returncode == -signal.SIGKILL, output
+        else:
+            assert process.returncode == 128 + number, output
+            _, _, rest = output.partition("go on with: python ")
+            command = shlex.split(rest.splitlines()[0])
+
+    last_command = [sys.executable, *command, "--total-timesteps", "200"]
+    subprocess.run(last_command, cwd=directory, check=True)
     (run,) = directory.glob("runs/*")
     return run
 
@@ -118,12 +138,10 @@ def make_model(tmp_path_factory):
 
     def make(num_actions: int, action: int | None = None) -> Path:
         torch.manual_seed(num_actions)
-        model, path = (
-            qdagger.NETWORKS["nature"](num_actions),
-            tmp_path_factory.mktemp("models") / "model",
-        )
+        model = qdagger.NETWORKS["nature"](num_actions)
         if action is not None:
             model.network[-1].bias.data[action] += 5
+        path = tmp_path_factory.mktemp("models") / "model"
         torch.save(model.state_dict(), path)
         return path
 
@@ -132,30 +150,36 @@ def make_model(tmp_path_factory):
 
 @pytest.fixture
 def command_line(tmp_path, monkeypatch, capfd):
-    """command_line(*flags): exit code, stdout and stderr of `main`, which begins in an empty directory."""
+    """command_line(*flags): exit code, stdout and stderr of `main`, begun in an empty directory."""
+
+    def keep_handlers(*_) -> None:
+        """Signals are for pytest, not for `main`."""
+
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    monkeypatch.setattr(signal, "signal", keep_handlers)
 
     def run(*flags) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["program", *map(str, flags)])
         try:
-            code = qdagger.main() or 0
+            qdagger.main()
+            code = 0
         except SystemExit as stop:
             code = stop.code
-        return code, *capfd.readouterr()
+        out, err = capfd.readouterr()
+        return code, out, err
 
     return run
 
 
-# No test asks the real hub, or is logged in there, which is settled when huggingface_hub is imported.
+# No test asks the real hub, or is logged in there. That must be settled before huggingface_hub is
+# imported.
 HUB_HOME = TemporaryDirectory()
-for variable in [name for name in os.environ if name.startswith(("HF_", "HUGGING_FACE_"))]:
-    del os.environ[variable]
-os.environ |= {
-    "HF_ENDPOINT": "http://127.0.0.1:9",
-    "HF_HOME": HUB_HOME.name,
-    "HF_HUB_DISABLE_XET": "1",
-}
+for variable in list(os.environ):
+    if variable.startswith(("HF_", "HUGGING_FACE_")):
+        del os.environ[variable]
+os.environ["HF_ENDPOINT"] = "http://127.0.0.1:9"
+os.environ["HF_HOME"] = HUB_HOME.name
+os.environ["HF_HUB_DISABLE_XET"] = "1"
 os.environ["no_proxy"] = "127.0.0.1"
 
 
@@ -170,45 +194,62 @@ class HubHandler(BaseHTTPRequestHandler):
         hub.requests.append(self.path)
         self.rfile.read(int(self.headers.get("Content-Length", 0)))
         while hub.silent:
-            threading.Event().wait(0.05)
-        content = (
-            b"" if hub.status else hub.files.get(tuple(self.path[1:].split("/resolve/main/")), b"")
-        )
-        self.send_response(hub.status or (200 if content else 404))
-        headers = {
-            "X-Error-Code": "" if content or hub.status else "EntryNotFound",
-            "Content-Length": len(content),
-        }
-        for name, value in (
-            headers | {"X-Repo-Commit": hub.commit_hash, "ETag": hash(content)}
-        ).items():
-            self.send_header(name, str(value))
+            time.sleep(0.05)
+
+        repository, _, name = self.path[1:].partition("/resolve/main/")
+        content = b""
+        problem = ""
+        if hub.status != 0:
+            status = hub.status
+        elif (repository, name) in hub.files:
+            status = 200
+            content = hub.files[repository, name]
+        else:
+            status = 404
+            problem = "EntryNotFound"
+
+        self.send_response(status)
+        self.send_header("X-Error-Code", problem)
+        self.send_header("X-Repo-Commit", hub.commit_hash)
+        self.send_header("ETag", str(hash(content)))
+        self.send_header("Content-Length", str(len(content)))
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(content)
 
-    do_HEAD = do_GET = do_POST = respond
+    do_GET = respond
+    do_HEAD = respond
+    do_POST = respond
+
+
+class Hub(ThreadingHTTPServer):
+    """The hub over HTTP on the loopback interface."""
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), HubHandler)
+        self.files: dict[tuple[str, str], bytes] = {}  # by repository and name
+        self.requests: list[str] = []  # paths
+        self.commit_hash = "c0ffee" * 6 + "c0ff"
+        self.status = 0  # the answer to everything, unless it is 0
+        self.silent = False  # while True, it gives no answer
+
+    def close(self) -> None:
+        """From now on nobody listens."""
+        self.shutdown()
+        self.server_close()
 
 
 @pytest.fixture
 def hub(monkeypatch, tmp_path_factory):
-    """The hub over HTTP on the loopback interface, empty as its cache. `files` maps (repository, name) to content. If
-    `status` is set that is its answer to everything; while `silent` it gives none; after `close` nobody listens."""
-    hub = ThreadingHTTPServer(("127.0.0.1", 0), HubHandler)
-    hub.files, hub.requests, hub.commit_hash, hub.status, hub.silent = (
-        {},
-        [],
-        "c0ffee" * 6 + "c0ff",
-        0,
-        False,
-    )
-    hub.close = lambda: (hub.shutdown(), hub.server_close())
-    url, constants = f"http://127.0.0.1:{hub.server_port}", "huggingface_hub.constants."
+    """An empty hub, and an empty cache of it."""
+    hub = Hub()
+    url = f"http://127.0.0.1:{hub.server_port}"
+    file_url = url + "/{repo_id}/resolve/{revision}/{filename}"
+    cache = str(tmp_path_factory.mktemp("cache"))
+    constants = "huggingface_hub.constants."
     monkeypatch.setattr(constants + "ENDPOINT", url)
-    monkeypatch.setattr(
-        constants + "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}"
-    )
-    monkeypatch.setattr(constants + "HF_HUB_CACHE", str(tmp_path_factory.mktemp("cache")))
+    monkeypatch.setattr(constants + "HUGGINGFACE_CO_URL_TEMPLATE", file_url)
+    monkeypatch.setattr(constants + "HF_HUB_CACHE", cache)
     threading.Thread(target=hub.serve_forever, args=(0.05,), daemon=True).start()
     yield hub
     hub.silent = False

@@ -1,4 +1,8 @@
-"""A stand-in for the program in tests of what runs it: it learns nothing, and leaves the same files."""
+"""A stand-in for the program, for tests of what runs it: it learns nothing, leaves the same files.
+
+What it must do is told by flags: with --gamma it refuses to work, and with --slow and --save-model
+it trains until it is stopped, unless it is resumed.
+"""
 
 import os
 import signal
@@ -7,31 +11,51 @@ import time
 from itertools import pairwise
 from pathlib import Path
 
-flags = sys.argv[1:]
-values = dict(pairwise(flags))
-with open("calls", "a") as calls:
-    print(os.environ.get("CUDA_VISIBLE_DEVICES"), *flags, file=calls)
-if "--evaluate" in flags:
-    print(f"game 1: 7\n7.00 ± 1.50 over {values['--eval-episodes']} games of {values['--env-id']}")
-    sys.exit()
-if "--gamma" in flags:
-    sys.exit(f"error: --gamma {values['--gamma']}: must lie between 0 and 1")
 
-run = Path(values.get("--resume", f"runs/{values.get('--env-id')}__fake__1"))
-buffer = values.get("--teacher-buffer")
-run.mkdir(parents=True, exist_ok=True)
-if buffer and not Path(buffer).exists():
-    Path(buffer).write_text(f"made by {Path.cwd().name}")
-if (
-    "--resume" not in flags and "--slow" in flags and "--save-model" in flags
-):  # until it is told to stop
-    numbers = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1}
-    signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
+def train_until_stopped(run: Path) -> None:
+    """Notes its process and the signals that come, and exits as the program does."""
+    stopping = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1}
+    signal.pthread_sigmask(signal.SIG_BLOCK, stopping)
     (run / "checkpoint.pt").touch()
     Path("pid").write_text(str(os.getpid()))
-    number = signal.sigtimedwait(numbers, 100).si_signo
+
+    first = signal.sigtimedwait(stopping, 100).si_signo
     time.sleep(0.5)  # as a checkpoint takes its time
-    Path("signals").write_text(" ".join(str(int(each)) for each in (number, *signal.sigpending())))
-    sys.exit(128 + number)
-if "--save-model" in flags or "--resume" in flags:
-    (run / "fake.cleanrl_model").touch()
+    numbers = [first, *signal.sigpending()]
+    Path("signals").write_text(" ".join(str(int(number)) for number in numbers))
+    sys.exit(128 + first)
+
+
+def main() -> None:
+    flags = sys.argv[1:]
+    values = dict(pairwise(flags))  # a flag's value is what follows it
+
+    with open("calls", "a") as calls:
+        print(os.environ.get("CUDA_VISIBLE_DEVICES"), *flags, file=calls)
+
+    env_id = values.get("--env-id")
+    if "--evaluate" in flags:
+        games = f"{values['--eval-episodes']} games of {env_id}"
+        print("game 1: 7")
+        print(f"7.00 ± 1.50 over {games}")
+        return
+    if "--gamma" in flags:
+        sys.exit(f"error: --gamma {values['--gamma']}: must lie between 0 and 1")
+
+    resumed = "--resume" in flags
+    run = Path(values["--resume"]) if resumed else Path(f"runs/{env_id}__fake__1")
+    run.mkdir(parents=True, exist_ok=True)
+
+    if "--teacher-buffer" in flags:
+        buffer = Path(values["--teacher-buffer"])
+        if not buffer.exists():
+            buffer.write_text(f"made by {Path.cwd().name}")
+
+    if "--slow" in flags and "--save-model" in flags and not resumed:
+        train_until_stopped(run)
+    if "--save-model" in flags or resumed:
+        (run / "fake.cleanrl_model").touch()
+
+
+if __name__ == "__main__":
+    main()

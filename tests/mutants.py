@@ -1,4 +1,7 @@
-"""Small wrong changes to the program, all of which the tests must notice: what is wrong, the right text, the wrong."""
+"""Small wrong changes to the program, all of which the tests must notice.
+
+Each has a name, which says what is wrong, and two texts: the right one and the wrong one.
+"""
 
 MUTANTS = {
     # the loss

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
+from conftest import tensors_of
 from hypothesis import assume, given, settings, strategies
 from scipy.stats import chisquare
 
@@ -127,14 +128,15 @@ class CheckedReplay:
         raise AssertionError(f"never drawn: {expected - drawn}")
 
     def check_row(self, batch: Batch, index: int, n_step: int) -> None:
-        time, env = batch.teacher_q_values[index].int().tolist()
+        row = Batch._make(part[index].numpy() for part in batch)
+        time, env = row.teacher_q_values.astype(int).tolist()
         expected = self.transition(time, env, n_step)
-        assert (batch.obs[index].numpy() == self.obs[time][env]).all()
-        assert batch.actions[index] == self.steps[time].actions[env]
-        assert batch.returns[index].item() == pytest.approx(expected.n_step_return, abs=1e-5)
-        assert batch.discounts[index].item() == pytest.approx(expected.discount, abs=1e-6)
+        assert np.array_equal(row.obs, self.obs[time][env])
+        assert row.actions == self.steps[time].actions[env]
+        assert row.returns == pytest.approx(expected.n_step_return, abs=1e-5)
+        assert row.discounts == pytest.approx(expected.discount, abs=1e-6)
         if expected.next_obs is not None:
-            assert (batch.next_obs[index].numpy() == expected.next_obs).all()
+            assert np.array_equal(row.next_obs, expected.next_obs)
 
 
 def random_ends(steps: int, num_envs: int, seed=0, share: float = 0.15) -> np.ndarray:
@@ -195,10 +197,6 @@ def test_draws_are_uniform_over_environments_and_time():
     assert drawn_steps == checked.drawable(n_step=1)
     assert len(counts) < 120
     assert chisquare(counts).pvalue > 0.001
-
-
-def tensors_of(replay: FrameReplay) -> dict[str, torch.Tensor]:
-    return {name: value for name, value in vars(replay).items() if torch.is_tensor(value)}
 
 
 def test_a_frame_is_stored_once_and_restored_from_a_far_smaller_file(tmp_path, monkeypatch):
