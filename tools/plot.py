@@ -1,18 +1,21 @@
-"""From event files to curves, final scores, interquartile means and the README's tables (extra `plot`).
+"""From event files to curves, final scores, interquartile means and the README's tables.
 
     python tools/plot.py benchmark                          # what tools/run.py has run there
     python tools/plot.py benchmark --out results/pong_cpu   # the same, with the files written there
-    python tools/plot.py results/pong_cpu --readme          # again from its results.csv, the table into its README
+    python tools/plot.py results/pong_cpu --readme          # again from its results.csv, the table
+                                                            # into its README
     python tools/plot.py results/speed --readme             # the tables of tools/speed.py there
 
-Written are results.csv (run, tag, step, value, and seconds since the run began), curves.png, scores.csv, and, where a
-kind has several seeds, aggregates.csv and aggregates.png. A run is called KIND-GAME-SEED. Beside the CSV, labels.json
-takes the place of LABELS; teachers.csv has returns of a teacher's games, for each GAME, and counts before the
-few by which each run measured it.
+It needs `pip install -e ".[plot]"`. Written are results.csv (run, tag, step, value, and seconds
+since the run began), curves.png, scores.csv, and, where a kind has several seeds, aggregates.csv
+and aggregates.png. A run is called KIND-GAME-SEED. Beside the CSV, labels.json takes the place of
+LABELS; teachers.csv has returns of a teacher's games, for each GAME, and counts before the few by
+which each run measured it.
 
-Curves are evaluations, or, of a run that has none online, means of ten training games in turn, of fewer if there are
-not thirty; thin lines are single seeds. Scores are those of the final network. Intervals are 95%: of the mean over
-seeds (Student's t), and of interquartile means by a bootstrap stratified by game (Agarwal et al., 2021).
+Curves are evaluations, or, of a run that has none online, means of ten training games in turn, of
+fewer if there are not thirty; thin lines are single seeds. Scores are those of the final network.
+Intervals are 95%: of the mean over seeds (Student's t), and of interquartile means by a bootstrap
+stratified by game (Agarwal et al., 2021).
 """
 
 import argparse
@@ -20,6 +23,7 @@ import json
 import re
 from itertools import cycle
 from pathlib import Path
+from typing import NamedTuple
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -28,10 +32,10 @@ from scipy import stats
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 README = Path(__file__).resolve().parent.parent / "README.md"
-COLUMNS = ["run", "tag", "step", "value", "seconds"]
-POINTS = (
-    500  # of a tag in the CSV; the episodes and losses of ten million steps would be a gigabyte
-)
+
+# Of a tag in the CSV; the episodes and losses of ten million steps would be a gigabyte.
+POINTS = 500
+
 LABELS = {
     "student": "QDagger student",
     "scratch": "DQN from scratch, same network",
@@ -40,7 +44,9 @@ LABELS = {
     "known": "widely used implementation",
     "teacher": "Nature DQN",
 }
-STYLES = [  # colours that the colour-blind tell apart (Okabe and Ito); marker and line for print in grey
+
+# Colours that the colour-blind tell apart (Okabe and Ito); marker and line for print in grey.
+STYLES = [
     ("#0072B2", "o", "-"),
     ("#D55E00", "s", "--"),
     ("#009E73", "^", "-."),
@@ -49,39 +55,77 @@ STYLES = [  # colours that the colour-blind tell apart (Okabe and Ito); marker a
     ("#000000", "x", ":"),
     ("#56B4E9", "P", "-."),
 ]
+TEACHER_LINE = {"color": "black", "linewidth": 1, "linestyle": (0, (1, 1))}
+CHANCE_LINE = {"color": "grey", "linewidth": 1, "linestyle": (0, (5, 2, 1, 2))}
+
 RANDOM = {"Breakout": 1.7, "Pong": -20.7, "BeamRider": 363.9}  # returns in Mnih et al., 2015
 HUMAN = {"Breakout": 30.5, "Pong": 14.6, "BeamRider": 16926.5}
+
 TEACHER = "charts/teacher/avg_episodic_return"
+OFFLINE_RETURN = "charts/offline/avg_episodic_return"
+ONLINE_RETURN = "eval/episodic_return"
+TRAINING_RETURN = "charts/episodic_return"
+
 MEASURES = ("human_normalised", "teacher_normalised")
 
 
 # ---- From event files to the CSV
 
 
-def run_rows(directory: Path) -> list[tuple]:
+class Row(NamedTuple):
+    run: str
+    tag: str
+    step: int
+    value: float
+    seconds: float  # since the run began
+
+
+def run_rows(directory: Path) -> list[Row]:
     """All scalars of one run of tools/run.py, thinned, and the scores of its final network."""
-    rows, start = [], json.loads((directory / "start").read_text())["time"]
+    name = directory.name
+    began = json.loads((directory / "start").read_text())["time"]
+    rows = []
     for run in directory.glob("runs/*"):
         events = EventAccumulator(str(run), size_guidance={"scalars": 0}).Reload()
         for tag in events.Tags()["scalars"]:
-            scalars = events.Scalars(tag)
-            every = -(-len(scalars) // POINTS)
-            for scalar in scalars[::-1][::every][::-1]:  # the last one stays
-                seconds = round(scalar.wall_time - start, 1)
-                rows.append((directory.name, tag, scalar.step, round(scalar.value, 5), seconds))
-    score = directory / "score"
-    if rows and score.exists() and score.read_text().strip():
-        values = re.match(r"(\S+) ± (\S+) over (\d+) games", score.read_text()).groups()
-        step, seconds = max(row[2] for row in rows), max(row[4] for row in rows)
-        for name, value in zip(("mean", "std", "games"), values):
-            rows.append((directory.name, f"score/{name}", step, float(value), seconds))
+            for scalar in thinned(events.Scalars(tag)):
+                value = round(scalar.value, 5)
+                seconds = round(scalar.wall_time - began, 1)
+                rows.append(Row(name, tag, scalar.step, value, seconds))
+
+    last_step = max([row.step for row in rows], default=0)
+    last_second = max([row.seconds for row in rows], default=0)
+    if rows:
+        for measure, value in score_of(directory).items():
+            rows.append(Row(name, f"score/{measure}", last_step, value, last_second))
     return rows
+
+
+def score_of(directory: Path) -> dict[str, float]:
+    """What the final network has scored; nothing if it has not played, or if there is none."""
+    score = directory / "score"
+    if not score.exists():
+        return {}
+    text = score.read_text()
+    if not text.strip():
+        return {}
+    mean, std, games = re.match(r"(\S+) ± (\S+) over (\d+) games", text).groups()
+    return {"mean": float(mean), "std": float(std), "games": float(games)}
+
+
+def thinned(points: list) -> list:
+    """At most POINTS of them, evenly spaced; the last one stays."""
+    every = -(-len(points) // POINTS)
+    backwards = points[::-1][::every]
+    return backwards[::-1]
 
 
 def write_csv(benchmark: Path, path: Path) -> None:
     directories = sorted(start.parent for start in benchmark.glob("*-v[45]-*/start"))
-    rows = [row for directory in directories for row in run_rows(directory)]
-    pd.DataFrame(rows, columns=COLUMNS).to_csv(path, index=False)
+    rows = []
+    for directory in directories:
+        rows += run_rows(directory)
+    pd.DataFrame(rows, columns=Row._fields).to_csv(path, index=False)
 
 
 def read_csv(path: Path) -> pd.DataFrame:
@@ -89,14 +133,15 @@ def read_csv(path: Path) -> pd.DataFrame:
     rows = pd.read_csv(path, dtype={"run": str})
     if rows.empty:
         raise SystemExit(f"error: {path}: no run has logged anything yet")
-    rows[["kind", "game", "seed"]] = rows.run.str.extract(
-        r"(\w+)-(?:ALE-)?(\w+?)(?:NoFrameskip-v4|-v5)-(\d+)"
-    )
+    name = r"(\w+)-(?:ALE-)?(\w+?)(?:NoFrameskip-v4|-v5)-(\d+)"
+    rows[["kind", "game", "seed"]] = rows.run.str.extract(name)
+
     teachers = path.with_name("teachers.csv")
     if teachers.exists():
-        rows.update(
-            rows.game.map(pd.read_csv(teachers).mean()).rename("value")[rows.tag == TEACHER]
-        )
+        means = pd.read_csv(teachers).mean()
+        for game, mean in means.items():
+            measured = (rows.game == game) & (rows.tag == TEACHER)
+            rows.loc[measured, "value"] = mean
     return rows
 
 
@@ -104,92 +149,123 @@ def read_csv(path: Path) -> pd.DataFrame:
 
 
 def training_games(games: pd.DataFrame) -> pd.DataFrame:
-    """Of a run that is not evaluated online: means of training games in turn, each where the last of them ended."""
+    """Of a run that is not evaluated online: means of training games in turn.
+
+    Each is where the last of its games ended.
+    """
     together = int(np.clip(len(games) // 3, 1, 10))
-    return games.assign(value=games.value.rolling(together).mean()).iloc[together - 1 :: together]
+    means = games.assign(value=games.value.rolling(together).mean())
+    return means.iloc[together - 1 :: together]
 
 
 def evaluations(rows: pd.DataFrame) -> pd.DataFrame:
-    """The points of the curves: step is in online steps, offline evaluations are at 0 and before."""
+    """The points of the curves: steps are online ones, offline evaluations at 0 and before."""
     points = []
     for _, run in rows.groupby("run"):
-        offline = run[run.tag == "charts/offline/avg_episodic_return"]
-        online = run[run.tag == "eval/episodic_return"]
+        offline = run[run.tag == OFFLINE_RETURN]
+        online = run[run.tag == ONLINE_RETURN]
         if online.empty:
-            online = training_games(run[run.tag == "charts/episodic_return"].sort_values("step"))
-        updates = run[run.tag.str.startswith("charts/offline/")].step.max() if len(offline) else 0
+            online = training_games(run[run.tag == TRAINING_RETURN].sort_values("step"))
+
+        updates = 0
+        if len(offline) > 0:
+            updates = run[run.tag.str.startswith("charts/offline/")].step.max()
         of_run = pd.concat([offline, online]).sort_values("seconds")
-        points.append(of_run.assign(step=of_run.step - updates, minutes=of_run.seconds / 60))
+        of_run["step"] -= updates
+        of_run["minutes"] = of_run.seconds / 60
+        points.append(of_run)
     return pd.concat(points)
 
 
 def teacher_return(rows: pd.DataFrame, game: str) -> float:
-    return rows[(rows.game == game) & (rows.tag == TEACHER)].value.mean()
+    measured = (rows.game == game) & (rows.tag == TEACHER)
+    return rows[measured].value.mean()
+
+
+def half_interval(values: pd.DataFrame | pd.Series, **options) -> pd.Series | float:
+    """Half of the 95% interval of a mean."""
+    count = values.count(**options)
+    return stats.t.ppf(0.975, count - 1) * values.sem(**options)
 
 
 def draw_curve(axes: plt.Axes, points: pd.DataFrame, x: str, label: str, style: tuple) -> None:
     """The mean over seeds of one kind, its interval, and single seeds."""
     color, marker, line = style
+
     # The n-th evaluations of all seeds belong together; their time is the mean over seeds.
-    table = points.assign(nth=points.groupby("run").cumcount()).pivot(
-        index="nth", columns="seed", values=["value", x]
-    )
-    values = table["value"]
-    mean, half = (
-        values.mean(axis=1),
-        stats.t.ppf(0.975, values.count(axis=1) - 1) * values.sem(axis=1),
-    )
+    points = points.assign(nth=points.groupby("run").cumcount())
+    table = points.pivot(index="nth", columns="seed", values=["value", x])
     position = table[x].mean(axis=1)
+    values = table["value"]
+    mean = values.mean(axis=1)
+
     if x == "step" and (points.step == 0).all():  # offline only: its level, for comparison
         axes.axhline(mean.iloc[-1], label=label, color=color, linestyle=line)
         return
-    axes.plot(position, mean, label=label, color=color, marker=marker, linestyle=line, markersize=5)
+    shape = {"marker": marker, "markersize": 5, "linestyle": line}
+    axes.plot(position, mean, label=label, color=color, **shape)
     axes.plot(position, values, color=color, linewidth=0.6, alpha=0.6)
     if values.shape[1] > 2:  # of two seeds it says nothing
-        axes.fill_between(position, mean - half, mean + half, color=color, alpha=0.2, linewidth=0)
+        half = half_interval(values, axis=1)
+        low = mean - half
+        high = mean + half
+        axes.fill_between(position, low, high, color=color, alpha=0.2, linewidth=0)
+
+
+def steps_label(steps: float, _position: int) -> str:
+    if abs(steps) >= 1e6:
+        return f"{steps / 1e6:g}M"
+    return f"{steps / 1e3:g}k"
+
+
+def draw_game(panels: tuple, points: pd.DataFrame, labels: dict, teacher: float, chance: float):
+    """Two panels: returns in one game by online step and by wall-clock."""
+    by_step, by_time = panels
+    for (kind, label), style in zip(labels.items(), cycle(STYLES)):
+        of_kind = points[points.kind == kind]
+        if len(of_kind) > 0:
+            draw_curve(by_step, of_kind[of_kind.step >= 0], "step", label, style)
+        if of_kind.minutes.notna().any():
+            draw_curve(by_time, of_kind, "minutes", label, style)
+
+    for axes in panels:
+        axes.axhline(teacher, label="the teacher", **TEACHER_LINE)
+        axes.axhline(chance, label="random play", **CHANCE_LINE)
+        axes.grid(alpha=0.3)
+
+    # The interval of few seeds can be far wider than all that was measured.
+    shown = pd.Series([*points.value, teacher, chance]).dropna()
+    margin = 0.05 * (shown.max() - shown.min())
+    if margin > 0:
+        by_step.set_ylim(shown.min() - margin, shown.max() + margin)
+    by_step.xaxis.set_major_formatter(steps_label)
 
 
 def curves(rows: pd.DataFrame, labels: dict[str, str], path: Path) -> None:
     """A row of two panels per game: returns by online step and by wall-clock."""
-    points, games = evaluations(rows), sorted(rows.game.unique())
+    points = evaluations(rows)
+    games = sorted(rows.game.unique())
     plt.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False})
-    figure, panels = plt.subplots(
-        len(games), 2, figsize=(10, 3.4 * len(games)), squeeze=False, sharey="row"
-    )
-    for game, (by_step, by_time) in zip(games, panels):
-        of_game = points[points.game == game]
-        for (kind, label), style in zip(labels.items(), cycle(STYLES)):
-            of_kind = of_game[of_game.kind == kind]
-            if not of_kind.empty:
-                draw_curve(by_step, of_kind[of_kind.step >= 0], "step", label, style)
-            if of_kind.minutes.notna().any():
-                draw_curve(by_time, of_kind, "minutes", label, style)
-        teacher, chance = teacher_return(rows, game), RANDOM.get(game, np.nan)
-        for axes in (by_step, by_time):
-            axes.axhline(
-                teacher, color="black", linewidth=1, linestyle=(0, (1, 1)), label="the teacher"
-            )
-            axes.axhline(
-                chance, color="grey", linewidth=1, linestyle=(0, (5, 2, 1, 2)), label="random play"
-            )
-            axes.grid(alpha=0.3)
-        shown = pd.Series([*of_game.value, teacher, chance]).dropna()
-        margin = 0.05 * (shown.max() - shown.min())
-        if margin > 0:  # an interval of few seeds can be far wider
-            by_step.set_ylim(shown.min() - margin, shown.max() + margin)
+    size = (10, 3.4 * len(games))
+    figure, panels = plt.subplots(len(games), 2, figsize=size, squeeze=False, sharey="row")
+
+    legend = {}
+    for game, of_game in zip(games, panels):
+        teacher = teacher_return(rows, game)
+        chance = RANDOM.get(game, np.nan)
+        draw_game(of_game, points[points.game == game], labels, teacher, chance)
+        by_step = of_game[0]
         by_step.set_ylabel(f"return, {game}")
-        by_step.xaxis.set_major_formatter(
-            lambda x, _: f"{x / 1e6:g}M" if abs(x) >= 1e6 else f"{x / 1e3:g}k"
-        )
+        for handle, label in zip(*by_step.get_legend_handles_labels()):
+            legend[label] = handle
     panels[-1][0].set_xlabel("online steps")
     panels[-1][1].set_xlabel("minutes since the program began")
-    legend = {
-        name: handle for row in panels for handle, name in zip(*row[0].get_legend_handles_labels())
-    }
-    figure.legend(
-        legend.values(), legend.keys(), frameon=False, loc="lower center", ncols=3, fontsize=9
-    )
-    figure.tight_layout(rect=(0, 0.22 * -(-len(legend) // 3) / figure.get_figheight(), 1, 1))
+
+    style = {"frameon": False, "loc": "lower center", "ncols": 3, "fontsize": 9}
+    figure.legend(legend.values(), legend.keys(), **style)
+    legend_lines = -(-len(legend) // 3)
+    below = 0.22 * legend_lines / figure.get_figheight()
+    figure.tight_layout(rect=(0, below, 1, 1))
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
@@ -198,16 +274,19 @@ def curves(rows: pd.DataFrame, labels: dict[str, str], path: Path) -> None:
 
 
 def scores(rows: pd.DataFrame) -> pd.DataFrame:
-    """The final score of every finished run, raw and normalised by human and by the teacher, both above random."""
-    table = rows[rows.tag == "score/mean"][["kind", "game", "seed", "value"]].rename(
-        columns={"value": "score"}
-    )
-    chance, human = table.game.map(RANDOM).astype(float), table.game.map(HUMAN).astype(float)
+    """The final score of every finished run: raw, and as a share of the human's and the teacher's.
+
+    Shares are of what lies above random play.
+    """
+    table = rows[rows.tag == "score/mean"][["kind", "game", "seed", "value"]]
+    table = table.rename(columns={"value": "score"})
+    chance = table.game.map(RANDOM).astype(float)
+    human = table.game.map(HUMAN).astype(float)
     teacher = table.game.map(lambda game: teacher_return(rows, game)).astype(float)
+
     table["human_normalised"] = (table.score - chance) / (human - chance)
-    table["teacher_normalised"] = ((table.score - chance) / (teacher - chance)).where(
-        teacher > chance
-    )
+    share = (table.score - chance) / (teacher - chance)
+    table["teacher_normalised"] = share.where(teacher > chance)
     return table.sort_values(["game", "kind", "seed"]).reset_index(drop=True)
 
 
@@ -217,37 +296,41 @@ def interquartile_mean(*games: np.ndarray, axis: int = -1) -> np.ndarray:
 
 
 def aggregates(table: pd.DataFrame) -> pd.DataFrame:
-    """Interquartile mean over games and seeds of each kind that has several seeds, and its bootstrap interval.
+    """Interquartile means over games and seeds, and their bootstrap intervals.
 
-    A resample takes as many seeds as there are of each game, with replacement.
+    There is one for each kind that has several seeds of each game. A resample takes as many seeds
+    as there are of each game, with replacement.
     """
+    settings = {"n_resamples": 5000, "method": "percentile", "vectorized": True, "rng": 0}
     result = []
     for kind, of_kind in table.groupby("kind"):
         for measure in MEASURES:
             known = of_kind.dropna(subset=measure)
             games = [of_game[measure].to_numpy() for _, of_game in known.groupby("game")]
-            if not games or min(map(len, games)) < 2:
+            fewest = min([len(game) for game in games], default=0)
+            if fewest < 2:
                 continue
-            settings = {"n_resamples": 5000, "method": "percentile", "vectorized": True, "rng": 0}
+            mean = interquartile_mean(*games)
             interval = stats.bootstrap(games, interquartile_mean, **settings).confidence_interval
-            result.append(
-                (kind, measure, len(games), len(known), interquartile_mean(*games), *interval)
-            )
+            result.append((kind, measure, len(games), len(known), mean, *interval))
     return pd.DataFrame(result, columns=["kind", "measure", "games", "runs", "iqm", "low", "high"])
 
 
 def aggregate_figure(table: pd.DataFrame, labels: dict[str, str], path: Path) -> None:
     """Interquartile means and their intervals, one panel per normalisation."""
     figure, panels = plt.subplots(1, 2, figsize=(10, 2.6), sharey=True)
-    styles = {kind: style for kind, style in zip(labels, cycle(STYLES)) if kind in set(table.kind)}
+    styles = dict(zip(labels, cycle(STYLES)))
+    kinds = [kind for kind in labels if kind in set(table.kind)]
+    heights = [-nth for nth in range(len(kinds))]  # from top to bottom
     for axes, measure in zip(panels, MEASURES):
         of_measure = table[table.measure == measure].set_index("kind")
-        for y, (kind, (color, marker, _)) in enumerate(styles.items()):
+        for kind, y in zip(kinds, heights):
             if kind in of_measure.index:
+                color, marker, _ = styles[kind]
                 row = of_measure.loc[kind]
-                axes.plot([row.low, row.high], [-y, -y], color=color, linewidth=4, alpha=0.4)
-                axes.plot(row.iqm, -y, marker, color=color)
-        axes.set_yticks([-y for y in range(len(styles))], [labels[kind] for kind in styles])
+                axes.plot([row.low, row.high], [y, y], color=color, linewidth=4, alpha=0.4)
+                axes.plot(row.iqm, y, marker, color=color)
+        axes.set_yticks(heights, [labels[kind] for kind in kinds])
         axes.set_xlabel(f"interquartile mean, {measure.replace('_', ' ')}")
         axes.grid(alpha=0.3)
     figure.tight_layout()
@@ -259,78 +342,103 @@ def aggregate_figure(table: pd.DataFrame, labels: dict[str, str], path: Path) ->
 
 
 def cell(runs: pd.DataFrame) -> str:
-    """The scores of all seeds of one kind in one game: mean, 95% interval of three or more, share of the teacher's."""
+    """The scores of all seeds of one kind in one game.
+
+    Their mean, 95% interval if they are three or more, and share of the teacher's.
+    """
     if runs.empty:
         return "–"
-    interval = (
-        f" ± {stats.t.ppf(0.975, len(runs) - 1) * runs.score.sem():.1f}" if len(runs) > 2 else ""
-    )
+    text = f"{runs.score.mean():.1f}"
+    if len(runs) > 2:
+        text += f" ± {half_interval(runs.score):.1f}"
     share = runs.teacher_normalised.mean()
-    return f"{runs.score.mean():.1f}{interval}" + ("" if np.isnan(share) else f", {share:.0%}")
+    if not np.isnan(share):
+        text += f", {share:.0%}"
+    return text
 
 
 def markdown(rows: pd.DataFrame, labels: dict[str, str]) -> str:
     """The README's table: a row for each kind, a column for each game."""
     table = scores(rows)
-    games, head = (
-        sorted(table.game.unique()),
-        "mean score, 95% interval, share of the teacher's above random play",
-    )
-    teachers = [f"{teacher_return(rows, game):.1f}".replace("nan", "–") for game in games]
-    lines = [[head, *games, "seeds"], ["---"] * (len(games) + 2), ["the teacher", *teachers, "–"]]
+    games = sorted(table.game.unique())
+
+    teachers = []
+    for game in games:
+        mean = teacher_return(rows, game)
+        teachers.append("–" if np.isnan(mean) else f"{mean:.1f}")
+    lines = [
+        ["mean score, 95% interval, share of the teacher's above random play", *games, "seeds"],
+        ["---"] * (len(games) + 2),
+        ["the teacher", *teachers, "–"],
+    ]
     for kind, label in labels.items():
         of_kind = table[table.kind == kind]
-        if len(of_kind):
-            seeds = " or ".join(map(str, sorted(set(of_kind.groupby("game").size()))))
-            lines.append([label, *(cell(of_kind[of_kind.game == game]) for game in games), seeds])
+        if of_kind.empty:
+            continue
+        cells = [cell(of_kind[of_kind.game == game]) for game in games]
+        counts = sorted(set(of_kind.groupby("game").size()))
+        seeds = " or ".join(str(count) for count in counts)
+        lines.append([label, *cells, seeds])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def into_readme(name: str, table: str, directory: Path) -> None:
     """Replace what stands between the markers of `name`, in README.md or in the directory's own."""
-    begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+    begin = f"<!-- {name}: begin -->"
+    end = f"<!-- {name}: end -->"
     for readme in (README, directory / "README.md"):
-        before, found, rest = (readme.read_text() if readme.exists() else "").partition(begin)
+        if not readme.exists():
+            continue
+        before, found, rest = readme.read_text().partition(begin)
         if found:
-            readme.write_text(f"{before}{begin}\n{table}\n{end}{rest.partition(end)[2]}")
+            _, _, after = rest.partition(end)
+            readme.write_text(f"{before}{begin}\n{table}\n{end}{after}")
             return
-    raise SystemExit(
-        f"error: --readme: neither {README} nor {directory}/README.md has a marker {begin}"
-    )
+    pages = f"neither {README} nor {directory}/README.md"
+    raise SystemExit(f"error: --readme: {pages} has a marker {begin}")
 
 
 def labels_of(out: Path, rows: pd.DataFrame) -> dict[str, str]:
     """A label for every kind, in the order of the tables."""
+    labels = dict(LABELS)
     own = out / "labels.json"
-    labels = json.loads(own.read_text()) if own.exists() else LABELS
-    return labels | {kind: kind for kind in rows.kind.unique() if kind not in labels}
+    if own.exists():
+        labels = json.loads(own.read_text())
+    for kind in rows.kind.unique():
+        labels.setdefault(kind, kind)
+    return labels
 
 
 def json_tables(directory: Path) -> dict[str, str]:
     """Those of tools/speed.py, by the names of their files."""
-    contents = {
-        path.stem: json.loads(path.read_text()) for path in sorted(directory.glob("*.json"))
-    }
-    return {name: content["table"] for name, content in contents.items() if "table" in content}
+    tables = {}
+    for path in sorted(directory.glob("*.json")):
+        content = json.loads(path.read_text())
+        if "table" in content:
+            tables[path.stem] = content["table"]
+    return tables
 
 
 def tables_of(directory: Path, out: Path) -> dict[str, str]:
     """Write the figures of a directory's runs; every table that it holds, by its marker's name."""
     tables = json_tables(directory)
+    results = out / "results.csv"
     if any(directory.glob("*/start")):
-        write_csv(directory, out / "results.csv")
-    if not (out / "results.csv").exists():
+        write_csv(directory, results)
+    if not results.exists():
         return tables
-    rows = read_csv(out / "results.csv")
+
+    rows = read_csv(results)
     labels = labels_of(out, rows)
     curves(rows, labels, out / "curves.png")
     table = scores(rows)
     table.to_csv(out / "scores.csv", index=False, float_format="%.4f")
     summary = aggregates(table)
-    if len(summary):
+    if len(summary) > 0:
         summary.to_csv(out / "aggregates.csv", index=False, float_format="%.4f")
         aggregate_figure(summary, labels, out / "aggregates.png")
-    return tables | {out.resolve().name: markdown(rows, labels)}
+    tables[out.resolve().name] = markdown(rows, labels)
+    return tables
 
 
 def main() -> None:
@@ -345,6 +453,7 @@ def main() -> None:
         "--readme", action="store_true", help="write the tables into README.md, or the directory's"
     )
     args = parser.parse_args()
+
     out = args.out or args.directory
     out.mkdir(parents=True, exist_ok=True)
     tables = tables_of(args.directory, out)

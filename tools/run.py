@@ -1,23 +1,28 @@
-"""Trains a grid of runs, several at a time: what is finished is skipped, what was cut off is resumed.
+"""Trains a grid of runs, several at a time: what is finished is skipped, what was cut off resumed.
 
     python tools/run.py benchmark/runs.txt --workers 2
-    python tools/run.py benchmark/runs.txt --line 3          # this one alone: a task of a Slurm job array
+    # this one alone: a task of a Slurm job array
+    python tools/run.py benchmark/runs.txt --line 3
     python tools/run.py benchmark/other.txt --program OTHER.py --python ITS/bin/python \\
         --hub-teacher teachers/PongNoFrameskip-v4.cleanrl_model
 
-A line of the list is a run: its name, KIND-ENV_ID-SEED, and its flags. The program works in the directory of that name
-beside the list, which then holds
+A line of the list is a run: its name, KIND-ENV_ID-SEED, and its flags. The program works in the
+directory of that name beside the list, which then holds
 
     runs/RUN   event files, checkpoint, and the model of a run with --save-model
     log        all that the program said
-    start      when it began and with which flags; with others it would be another run, and is refused
-    score      the scores of some games of the model; empty without one. A run that has this file is finished
+    start      when it began and with which flags; with others it would be another run, and is
+               refused
+    score      the scores of some games of the model; empty without one. A run that has this file
+               is finished
 
-Another script of the same flags that finds its teacher on the hub alone is given ours by --hub-teacher. A run that
-saves no model and writes no checkpoint is neither scored nor resumed: so it is with such a script.
+Another script of the same flags that finds its teacher on the hub alone is given ours by
+--hub-teacher. A run that saves no model and writes no checkpoint is neither scored nor resumed: so
+it is with such a script.
 
-SIGINT, SIGTERM and SIGUSR1 are passed on; the program then writes a checkpoint. Exit code: 0 if every run is finished,
-1 if some failed, each of which is named with its log, 2 for a run with other flags, 128 + signal if it was stopped.
+SIGINT, SIGTERM and SIGUSR1 are passed on; the program then writes a checkpoint. Exit code: 0 if
+every run is finished, 1 if some failed, each of which is named with its log, 2 for a run with other
+flags, 128 + signal if it was stopped.
 """
 
 import argparse
@@ -31,7 +36,6 @@ import signal
 import subprocess
 import sys
 import time
-from itertools import chain
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -47,10 +51,16 @@ class Run:
     """A line of the list. What is left to do is told by the files of its directory."""
 
     def __init__(self, directory: Path, flags: list[str], args: argparse.Namespace):
-        self.directory, self.name, self.flags, self.args = directory, directory.name, flags, args
-        self.log, self.score = directory / "log", directory / "score"
-        self.trained = directory / "trained"
+        self.directory = directory
+        self.name = directory.name
+        self.flags = flags
+        self.args = args
         self.process: subprocess.Popen | None = None
+
+        self.start_file = directory / "start"
+        self.trained = directory / "trained"
+        self.score = directory / "score"
+        self.log = directory / "log"
 
     @property
     def finished(self) -> bool:
@@ -65,31 +75,30 @@ class Run:
 
     def is_another(self) -> bool:
         """Whether the run in this directory was started with other flags."""
-        start = self.directory / "start"
-        return start.exists() and json.loads(start.read_text())["command"] != self.command
+        if not self.start_file.exists():
+            return False
+        return json.loads(self.start_file.read_text())["command"] != self.command
 
     def next_flags(self) -> list[str]:
         """Flags that play the final network, resume the run, or start it."""
         if self.trained.exists():
-            model = self.model()
-            env_id = model.parent.name.split("__")[0].replace("ALE-", "ALE/")
-            flags = [
-                "--evaluate",
-                str(model),
-                "--env-id",
-                env_id,
-                "--eval-episodes",
-                str(self.args.games),
-            ]
-            sticky = re.findall(r"(--repeat.action.probability)[ =](\S+)", " ".join(self.flags))
-            return [*flags, *chain(*sticky[-1:])]
+            return self.evaluation_flags()
         for checkpoint in self.directory.glob("runs/*/checkpoint*"):
             if checkpoint.suffix in (".pt", ".npz"):
                 return ["--resume", str(checkpoint.parent)]
-        shutil.rmtree(
-            self.directory / "runs", ignore_errors=True
-        )  # cut off before its first checkpoint
+        # What was cut off before its first checkpoint begins anew.
+        shutil.rmtree(self.directory / "runs", ignore_errors=True)
         return self.flags
+
+    def evaluation_flags(self) -> list[str]:
+        model = self.model()
+        env_id = model.parent.name.split("__")[0].replace("ALE-", "ALE/")
+        flags = ["--evaluate", str(model), "--env-id", env_id]
+        flags += ["--eval-episodes", str(self.args.games)]
+        sticky = re.findall(r"(--repeat.action.probability)[ =](\S+)", " ".join(self.flags))
+        if sticky:
+            flags += sticky[-1]
+        return flags
 
     def start(self, variables: dict[str, str]) -> bool:
         """Begin the next thing; False if another process is at work here."""
@@ -100,9 +109,11 @@ class Run:
             except BlockingIOError:
                 say(f"{self.name}: another process is at work there")
                 return False
-            start = self.directory / "start"
-            if not start.exists():
-                start.write_text(json.dumps({"time": time.time(), "command": self.command}))
+
+            if not self.start_file.exists():
+                content = {"time": time.time(), "command": self.command}
+                self.start_file.write_text(json.dumps(content))
+
             flags = self.next_flags()
             say(f"{self.name}: {shlex.join(flags)}")
             self.process = subprocess.Popen(
@@ -123,7 +134,8 @@ class Run:
             say(f"{self.name}: ended with exit code {self.process.returncode}")
             return False
         if self.trained.exists():
-            self.score.write_text(SCORE.findall(self.log.read_text(errors="replace"))[-1] + "\n")
+            scores = SCORE.findall(self.log.read_text(errors="replace"))
+            self.score.write_text(scores[-1] + "\n")
         else:
             self.trained.touch()
             if self.model() is None:
@@ -137,8 +149,11 @@ def read_list(path: Path, args: argparse.Namespace) -> list[Run]:
     lines = path.read_text().splitlines()
     if args.line:
         lines = lines[args.line - 1 : args.line]
-    words = [shlex.split(line) for line in lines]
-    return [Run(path.resolve().parent / name, flags, args) for name, *flags in words]
+    runs = []
+    for line in lines:
+        name, *flags = shlex.split(line)
+        runs.append(Run(path.resolve().parent / name, flags, args))
+    return runs
 
 
 def visible_gpus() -> list[str]:
@@ -147,30 +162,33 @@ def visible_gpus() -> list[str]:
     if shutil.which("nvidia-smi") is None:
         return []
     query = ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"]
-    return [
-        line
-        for line in subprocess.run(query, capture_output=True, text=True).stdout.split()
-        if line.isdigit()
-    ]
+    answer = subprocess.run(query, capture_output=True, text=True).stdout
+    return [line for line in answer.split() if line.isdigit()]
 
 
 def local_hub(home: Path, teacher: Path) -> dict[str, str]:
-    """Put `teacher` where the hub's default one of its game would be cached; the variables that make it be found."""
+    """Put `teacher` where the hub's default one of its game would be cached.
+
+    Returns the variables with which a script finds it there.
+    """
     repository = home / "hub" / f"models--cleanrl--{teacher.stem}-dqn_atari-seed1"
-    (repository / "refs").mkdir(parents=True, exist_ok=True)
-    (repository / "refs" / "main").write_text("local")
-    (repository / "snapshots" / "local").mkdir(parents=True, exist_ok=True)
-    shutil.copy(teacher, repository / "snapshots" / "local" / "dqn_atari.cleanrl_model")
+    references = repository / "refs"
+    snapshot = repository / "snapshots" / "local"
+    references.mkdir(parents=True, exist_ok=True)
+    snapshot.mkdir(parents=True, exist_ok=True)
+    (references / "main").write_text("local")
+    shutil.copy(teacher, snapshot / "dqn_atari.cleanrl_model")
     return {"HF_HOME": str(home.resolve()), "HF_HUB_OFFLINE": "1"}
 
 
 def train(runs: list[Run], workers: int, variables: dict[str, str], stops: list[int]) -> int:
     """Finish all runs, so many at a time; the exit code. `stops` grows by the signals that come."""
-    gpus, cores = visible_gpus(), os.cpu_count() or 1
+    gpus = visible_gpus()
+    cores = os.cpu_count() or 1
     workers = workers or len(gpus) or max(1, cores // 2)
-    variables = {
-        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, cores // workers)))
-    } | variables
+    threads = os.environ.get("OMP_NUM_THREADS", str(max(1, cores // workers)))
+    variables = {"OMP_NUM_THREADS": threads} | variables
+
     waiting = [run for run in runs if not run.finished]
     slots: list[Run | None] = [None] * workers
     passed_on = 0
@@ -181,12 +199,17 @@ def train(runs: list[Run], workers: int, variables: dict[str, str], stops: list[
                 if run.ended():
                     waiting.insert(0, run)
             if not slots[slot] and waiting and not stops:
-                gpu = {"CUDA_VISIBLE_DEVICES": gpus[slot % len(gpus)]} if gpus else {}
+                of_slot = dict(variables)
+                if gpus:
+                    of_slot["CUDA_VISIBLE_DEVICES"] = gpus[slot % len(gpus)]
                 run = waiting.pop(0)
-                slots[slot] = run if run.start(variables | gpu) else None
+                if run.start(of_slot):
+                    slots[slot] = run
+
         for number in stops[passed_on:]:
-            for run in filter(None, slots):
-                run.process.send_signal(number)
+            for run in slots:
+                if run:
+                    run.process.send_signal(number)
             passed_on += 1
         time.sleep(0.1)
 
@@ -198,7 +221,7 @@ def train(runs: list[Run], workers: int, variables: dict[str, str], stops: list[
     return 1 if unfinished else 0
 
 
-def main() -> int:
+def parse_flags() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -215,25 +238,38 @@ def main() -> int:
     parser.add_argument(
         "--hub-teacher", type=Path, help="ENV_ID.cleanrl_model, for a script that asks the hub"
     )
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> int:
+    args = parse_flags()
 
     stops: list[int] = []
+
+    def note(number, _) -> None:
+        stops.append(number)
+
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, lambda number, _: stops.append(number))
-    variables = (
-        local_hub(args.lists[0].parent / "hub", args.hub_teacher) if args.hub_teacher else {}
-    )
+        signal.signal(number, note)
+
+    variables = {}
+    if args.hub_teacher:
+        variables = local_hub(args.lists[0].parent / "hub", args.hub_teacher)
+
     lists = [read_list(path, args) for path in args.lists]
-    for run in chain(*lists):
-        if run.is_another():
-            parser.exit(
-                2,
-                f"error: {run.directory} was started with other flags; delete it, or take another list\n",
-            )
-    code = 0
     for runs in lists:
-        code = code or train(runs, args.workers, variables, stops)
-    return code
+        for run in runs:
+            if run.is_another():
+                advice = "delete it, or take another list"
+                message = f"error: {run.directory} was started with other flags; {advice}"
+                print(message, file=sys.stderr)
+                return 2
+
+    for runs in lists:
+        code = train(runs, args.workers, variables, stops)
+        if code != 0:
+            return code
+    return 0
 
 
 if __name__ == "__main__":
