@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Games × seeds × kinds of run, here or on a Slurm cluster; what is cut off is resumed when this is started again.
+# Games × seeds × kinds of run, here or on a Slurm cluster; what is cut off is resumed when this is
+# started again.
 usage='usage: ./benchmark.sh [option ...] [-- FLAG ...]
 
   --env-ids ENV ...   default: PongNoFrameskip-v4 BeamRiderNoFrameskip-v4 BreakoutNoFrameskip-v4
@@ -19,19 +20,44 @@ The teacher buffer of a game is made once, before the runs that share it. Exit c
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-env_ids=(PongNoFrameskip-v4 BeamRiderNoFrameskip-v4 BreakoutNoFrameskip-v4) seeds=(1 2 3)
-kinds=(student scratch kickstart offline) program=torch out=benchmark slurm='' extra=() grid=("$root/tools/run.py")
+env_ids=(PongNoFrameskip-v4 BeamRiderNoFrameskip-v4 BreakoutNoFrameskip-v4)
+seeds=(1 2 3)
+kinds=(student scratch kickstart offline)
+program=torch
+out=benchmark
+slurm=
+extra=()
+grid=("$root/tools/run.py")
 
-fail() { echo "error: $1" >&2 && exit 2; }
+fail() {
+    echo "error: $1" >&2
+    exit 2
+}
+
+# Read the command line.
 while [ $# -gt 0 ]; do
-    option=$1 values=()
+    option=$1
     shift
-    while [ $# -gt 0 ] && { [ "$option" = -- ] || [[ $1 != -* ]]; }; do
-        if [ -f "$1" ]; then values+=("$(realpath "$1")"); else values+=("$1"); fi # each run has a directory of its own
+    values=()
+    while [ $# -gt 0 ]; do
+        if [ "$option" != -- ] && [[ $1 == -* ]]; then
+            break
+        fi
+        if [ -f "$1" ]; then # each run has a directory of its own
+            values+=("$(realpath "$1")")
+        else
+            values+=("$1")
+        fi
         shift
     done
-    if [ "$option" = --help ]; then echo "$usage" && exit; fi
-    [ ${#values[@]} -gt 0 ] || fail "$option: a value is missing, or there is no such option; see --help"
+
+    if [ "$option" = --help ]; then
+        echo "$usage"
+        exit
+    fi
+    if [ ${#values[@]} = 0 ]; then
+        fail "$option: a value is missing, or there is no such option; see --help"
+    fi
     case $option in
         --) extra=("${values[@]}") ;;
         --env-ids) env_ids=("${values[@]}") ;;
@@ -44,38 +70,75 @@ while [ $# -gt 0 ]; do
         *) fail "$option: no such option; see --help" ;;
     esac
 done
-if [ "$program" = torch ]; then program=$root/qdagger_dqn_atari_impalacnn.py; fi
-if [ "$program" = jax ]; then program=$root/qdagger_dqn_atari_jax_impalacnn.py; fi
-[ -f "$program" ] || fail "--program $program: there is no such file"
+
+case $program in
+    torch) program=$root/qdagger_dqn_atari_impalacnn.py ;;
+    jax) program=$root/qdagger_dqn_atari_jax_impalacnn.py ;;
+esac
+if [ ! -f "$program" ]; then
+    fail "--program $program: there is no such file"
+fi
 grid+=(--program "$program")
 
-mkdir -p "$out/buffers" && out=$(cd "$out" && pwd) && rm -f "$out"/{buffers,runs}.txt
-line() { printf '%q ' "$@" && echo; } # of a list for tools/run.py: a run's name and its flags
+# Write the lists of runs, a run on each line: its name and its flags.
+mkdir -p "$out/buffers"
+out=$(cd "$out" && pwd)
+runs=$out/runs.txt
+buffers=$out/buffers.txt
+rm -f "$runs" "$buffers"
+
+line() {
+    printf '%q ' "$@"
+    echo
+}
+
 for env_id in "${env_ids[@]}"; do
     game=${env_id//\//-} # a name for files: ALE-Pong-v5
-    common=(--env-id "$env_id" "${extra[@]}") buffer=(--teacher-buffer "$out/buffers/$game.pt")
+    common=(--env-id "$env_id" "${extra[@]}")
+    buffer=(--teacher-buffer "$out/buffers/$game.pt")
+    reads_buffer=
     for kind in "${kinds[@]}"; do
         case $kind in
-            student) flags=("${buffer[@]}") ;;
+            student)
+                flags=("${buffer[@]}")
+                reads_buffer=1
+                ;;
             scratch) flags=(--teacher none) ;;
             kickstart) flags=(--offline-steps 0) ;;
-            offline) flags=("${buffer[@]}" --total-timesteps 0) ;;
+            offline)
+                flags=("${buffer[@]}" --total-timesteps 0)
+                reads_buffer=1
+                ;;
             *) fail "--kinds $kind: none of student, scratch, kickstart, offline" ;;
         esac
         for seed in "${seeds[@]}"; do
-            line "$kind-$game-$seed" "${common[@]}" "${flags[@]}" --seed "$seed" --save-model >>"$out/runs.txt"
+            flags_of_run=("${common[@]}" "${flags[@]}" --seed "$seed" --save-model)
+            line "$kind-$game-$seed" "${flags_of_run[@]}" >>"$runs"
         done
     done
-    if grep -q "^student-$game\|^offline-$game" "$out/runs.txt"; then # then its buffer comes first
+    if [ -n "$reads_buffer" ]; then # then it comes first
         flags=(--offline-steps 1 --total-timesteps 0 --eval-episodes 1)
-        line "buffer-$game" "${common[@]}" "${buffer[@]}" "${flags[@]}" >>"$out/buffers.txt"
+        line "buffer-$game" "${common[@]}" "${buffer[@]}" "${flags[@]}" >>"$buffers"
     fi
 done
-lists=("$out/runs.txt") after=()
-if [ -e "$out/buffers.txt" ]; then lists=("$out/buffers.txt" "${lists[@]}"); fi
-[ -n "$slurm" ] || exec "${PYTHON:-python}" "${grid[@]}" "${lists[@]}"
+
+lists=("$runs")
+if [ -e "$buffers" ]; then
+    lists=("$buffers" "$runs")
+fi
+
+# Train them here,
+if [ -z "$slurm" ]; then
+    exec "${PYTHON:-python}" "${grid[@]}" "${lists[@]}"
+fi
+
+# or as job arrays, of which the second begins when all tasks of the first have succeeded.
+after=()
 for list in "${lists[@]}"; do
-    job=$(sbatch --parsable --chdir="$out" --array="1-$(wc -l <"$list")" "${after[@]}" "$slurm" "${grid[@]}" "$list")
-    after=(--dependency="afterok:${job%%;*}")
-    echo "$(wc -l <"$list") runs of $list: job ${job%%;*}"
+    count=$(wc -l <"$list")
+    options=(--parsable --chdir="$out" --array="1-$count" "${after[@]}")
+    job=$(sbatch "${options[@]}" "$slurm" "${grid[@]}" "$list")
+    job=${job%%;*}
+    after=(--dependency="afterok:$job")
+    echo "$count runs of $list: job $job"
 done
