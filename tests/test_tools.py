@@ -1,4 +1,7 @@
-"""tools/run.py, tools/plot.py, tools/speed.py and their numbers in the README; benchmark.sh, also on a real Slurm."""
+"""tools/run.py, tools/plot.py, tools/speed.py and their numbers in the README; benchmark.sh.
+
+benchmark.sh is tried on a real Slurm as well, where there is one.
+"""
 
 import json
 import os
@@ -20,14 +23,22 @@ import speed
 from torch.utils.tensorboard import SummaryWriter
 
 matplotlib.use("agg")
-ROOT, FAKE = Path(plot.__file__).parents[1], Path(__file__).parent / "fake_program.py"
-GAME, TEACHER = "BreakoutNoFrameskip-v4", ROOT / "teachers" / "PongNoFrameskip-v4.cleanrl_model"
+
+ROOT = Path(plot.__file__).parents[1]
+FAKE = Path(__file__).parent / "fake_program.py"
+GAME = "BreakoutNoFrameskip-v4"
+TEACHER = ROOT / "teachers" / "PongNoFrameskip-v4.cleanrl_model"
 SLOW = "--save-model --slow"  # the stand-in trains until it is told to stop
 
 
 def start(*command, **variables) -> subprocess.Popen:
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return subprocess.Popen([str(word) for word in command], env=os.environ | variables, **pipes)
+    return subprocess.Popen(
+        [str(word) for word in command],
+        env=os.environ | variables,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
 
 
 def end(process: subprocess.Popen) -> tuple[int, str]:
@@ -44,83 +55,102 @@ def wait_for(condition) -> None:
 
 def pid_of(run: Path) -> int:
     """Of its program, once it trains."""
-    wait_for(lambda: (run / "pid").exists() and (run / "pid").read_text())
-    return int((run / "pid").read_text())
+    file = run / "pid"
+    wait_for(lambda: file.exists() and file.read_text())
+    return int(file.read_text())
 
 
 def calls(run: Path) -> list[str]:
     return (run / "calls").read_text().splitlines()
 
 
+# ---- tools/run.py
+
+
 @pytest.fixture
 def grid(tmp_path):
-    """grid(flags of each run, *options) starts tools/run.py; grid.runs are the directories of three runs."""
+    """grid(flags of each run, *options) starts tools/run.py.
+
+    grid.runs are the directories of three runs.
+    """
+    runs = [tmp_path / f"student-PongNoFrameskip-v4-{seed}" for seed in (1, 2, 3)]
 
     def start_grid(lines, *options, **variables) -> subprocess.Popen:
-        text = [
-            f"{run.name} --env-id PongNoFrameskip-v4 {flags}\n"
-            for run, flags in zip(start_grid.runs, lines)
-        ]
-        (tmp_path / "runs.txt").write_text("".join(text))
-        options = "--program", FAKE, "--games=2", "--workers=1", *options
-        return start(
-            sys.executable, ROOT / "tools/run.py", tmp_path / "runs.txt", *options, **variables
-        )
+        text = ""
+        for run, flags in zip(runs, lines):
+            text += f"{run.name} --env-id PongNoFrameskip-v4 {flags}\n"
+        list_of_runs = tmp_path / "runs.txt"
+        list_of_runs.write_text(text)
+        command = [sys.executable, ROOT / "tools/run.py", list_of_runs]
+        command += ["--program", FAKE, "--games=2", "--workers=1", *options]
+        return start(*command, **variables)
 
-    start_grid.runs = [tmp_path / f"student-PongNoFrameskip-v4-{seed}" for seed in (1, 2, 3)]
+    start_grid.runs = runs
     return start_grid
 
 
 def test_every_run_is_trained_and_scored_and_what_is_finished_is_skipped(grid):
+    sticky, named, without_model = grid.runs
     lines = [
         "--save-model --repeat-action-probability=0.25",
         "--save-model --exp-name 'a b'",
         "--seed 3",
     ]
-    assert end(grid(lines, "--line=3"))[0] == 0 and not grid.runs[0].exists()
+    code, _ = end(grid(lines, "--line=3"))
+    assert code == 0
+    assert not sticky.exists()
+
     code, said = end(grid(lines, "--workers=2", CUDA_VISIBLE_DEVICES="2,5"))
-    assert code == 0 and said.count("finished") == 2
-    for run, gpu in zip(grid.runs, "25"):
+    assert code == 0
+    assert said.count("finished") == 2
+    for run, gpu in ((sticky, "2"), (named, "5")):
         trained, evaluated = calls(run)
-        assert (
-            trained.startswith(gpu) and "--env-id PongNoFrameskip-v4 --eval-episodes 2" in evaluated
-        )
+        assert trained.startswith(gpu)
+        assert "--env-id PongNoFrameskip-v4 --eval-episodes 2" in evaluated
         assert (run / "score").read_text() == "7.00 ± 1.50 over 2 games of PongNoFrameskip-v4\n"
-    assert "--exp-name a b" in calls(grid.runs[1])[0]
-    assert calls(grid.runs[0])[1].endswith("--repeat-action-probability 0.25")
-    assert len(calls(grid.runs[2])) == 1  # without a model there is nothing to play with
+    assert "--exp-name a b" in calls(named)[0]
+    assert calls(sticky)[1].endswith("--repeat-action-probability 0.25")
+    assert len(calls(without_model)) == 1  # without a model there is nothing to play with
     assert end(grid(lines)) == (0, "")
+
     code, said = end(grid(["--save-model --gamma 0.9"]))
-    assert (
-        code == 2
-        and "other flags" in said
-        and len(said.splitlines()) == 1
-        and len(calls(grid.runs[0])) == 2
-    )
+    assert code == 2
+    assert "other flags" in said
+    assert len(said.splitlines()) == 1
+    assert len(calls(sticky)) == 2
 
 
 def test_what_was_killed_is_resumed_once_nobody_is_at_work_there(grid):
-    run, before_its_first_checkpoint = grid.runs[0], grid.runs[0] / "runs" / "old"
+    run = grid.runs[0]
+    before_its_first_checkpoint = run / "runs" / "old"
     before_its_first_checkpoint.mkdir(parents=True)
-    process, program = grid([SLOW]), pid_of(run)
+    process = grid([SLOW])
+    program = pid_of(run)
     process.kill()  # the program goes on, without anybody who waits for it
     end(process)
+
     code, said = end(grid([SLOW]))
-    assert code == 1 and "another process is at work there" in said and len(calls(run)) == 1
+    assert code == 1
+    assert "another process is at work there" in said
+    assert len(calls(run)) == 1
+
     os.kill(program, signal.SIGKILL)
     wait_for(lambda: end(grid([SLOW]))[0] == 0)
-    assert [re.findall("--slow|--resume|--evaluate", call)[0] for call in calls(run)[::2]] == [
-        "--slow",
-        "--evaluate",
-    ]
-    assert "--resume" in calls(run)[1] and not before_its_first_checkpoint.exists()
+    began, resumed, evaluated = calls(run)
+    assert "--slow" in began
+    assert "--resume" in resumed
+    assert "--evaluate" in evaluated
+    assert not before_its_first_checkpoint.exists()
 
 
 def test_failed_runs_are_named_with_their_logs_and_stop_no_other(grid):
-    process, (failed, killed, fine) = grid(["--gamma 3", SLOW, "--save-model"]), grid.runs
+    failed, killed, fine = grid.runs
+    process = grid(["--gamma 3", SLOW, "--save-model"])
     os.kill(pid_of(killed), signal.SIGKILL)
     code, said = end(process)
-    assert code == 1 and (fine / "score").exists() and "exit code -9" in said
+    assert code == 1
+    assert (fine / "score").exists()
+    assert "exit code -9" in said
     for line, run in zip(said.splitlines()[-2:], (failed, killed)):
         assert line.endswith(f"FAILED: {run.name}, see {run / 'log'}")
     assert (failed / "log").read_text() == "error: --gamma 3: must lie between 0 and 1\n"
@@ -128,85 +158,100 @@ def test_failed_runs_are_named_with_their_logs_and_stop_no_other(grid):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_is_passed_on_once_and_the_next_start_resumes(grid, number):
-    process, (stopped, waiting, _) = grid([SLOW, "--seed 2"]), grid.runs
+    stopped, waiting, _ = grid.runs
+    process = grid([SLOW, "--seed 2"])
     pid_of(stopped)
     process.send_signal(number)
     code, said = end(process)
-    assert code == 128 + number and "FAILED" not in said
-    assert (stopped / "signals").read_text() == str(int(number)) and not waiting.exists()
-    assert end(grid([SLOW, "--seed 2"]))[0] == 0
-    assert "--resume" in calls(stopped)[1] and len(calls(waiting)) == 1
+    assert code == 128 + number
+    assert "FAILED" not in said
+    assert (stopped / "signals").read_text() == str(int(number))
+    assert not waiting.exists()
+
+    code, _ = end(grid([SLOW, "--seed 2"]))
+    assert code == 0
+    assert "--resume" in calls(stopped)[1]
+    assert len(calls(waiting)) == 1
+
+
+# ---- tools/plot.py
 
 
 def made_up_run(run: Path, evaluations: list[float], score: str, updates: int) -> None:
-    """A run as tools/run.py leaves it, with so many offline updates, and an evaluation every 100 steps and 10 s."""
+    """A run as tools/run.py leaves it, with so many offline updates.
+
+    Its evaluations are 100 steps and 10 s apart.
+    """
     run.mkdir(parents=True)
     (run / "start").write_text(json.dumps({"time": 1000.0, "command": []}))
     (run / "score").write_text(f"{score} ± 1.50 over 30 games of Pong")
     with SummaryWriter(run / "runs" / "RUN") as log:
         if updates:
-            log.add_scalar("charts/teacher/avg_episodic_return", 20, 0, walltime=1000)
+            log.add_scalar(plot.TEACHER, 20, 0, walltime=1000)
             log.add_scalar(
                 "charts/offline/avg_episodic_return", evaluations[0], updates, walltime=1000
             )
         for nth in range(1, len(evaluations)):
-            log.add_scalar(
-                "eval/episodic_return",
-                evaluations[nth],
-                updates + 100 * nth,
-                walltime=1000 + 10 * nth,
-            )
+            step = updates + 100 * nth
+            second = 1000 + 10 * nth
+            log.add_scalar("eval/episodic_return", evaluations[nth], step, walltime=second)
         for step in range(1200):
             log.add_scalar("losses/loss", step, step, walltime=1000 + step)
 
 
 def test_event_files_and_the_csv_give_the_same_tables_and_figures(tmp_path, monkeypatch):
-    benchmark, out, readme = tmp_path / "benchmark", tmp_path / "made_up", tmp_path / "README.md"
-    made_up_run(benchmark / "student-PongNoFrameskip-v4-1", [5, 10, 12], "11.00", updates=1000)
-    made_up_run(benchmark / "student-PongNoFrameskip-v4-2", [5, 10, 14], "12.00", updates=1000)
-    made_up_run(benchmark / "student-PongNoFrameskip-v4-3", [5, 10, 13], "13.00", updates=1000)
-    made_up_run(benchmark / "scratch-PongNoFrameskip-v4-1", [0, -20, -19], "-19.50", updates=0)
+    benchmark = tmp_path / "benchmark"
+    out = tmp_path / "made_up"
+    readme = tmp_path / "README.md"
+    first, second, third = (f"student-PongNoFrameskip-v4-{seed}" for seed in (1, 2, 3))
+    scratch = "scratch-PongNoFrameskip-v4-1"
+    made_up_run(benchmark / first, [5, 10, 12], "11.00", updates=1000)
+    made_up_run(benchmark / second, [5, 10, 14], "12.00", updates=1000)
+    made_up_run(benchmark / third, [5, 10, 13], "13.00", updates=1000)
+    made_up_run(benchmark / scratch, [0, -20, -19], "-19.50", updates=0)
     made_up_run(benchmark / "buffer-PongNoFrameskip-v4", [0], "0.00", updates=1)
     readme.write_text("before\n<!-- made_up: begin -->\nold\n<!-- made_up: end -->\nafter\n")
     monkeypatch.setattr(plot, "README", readme)
 
     def plotted(*arguments) -> tuple[str, dict[str, bytes]]:
-        monkeypatch.setattr(sys, "argv", ["plot.py", *map(str, arguments), "--readme"])
+        words = [str(word) for word in arguments]
+        monkeypatch.setattr(sys, "argv", ["plot.py", *words, "--readme"])
         plot.main()
-        return readme.read_text(), {path.name: path.read_bytes() for path in out.iterdir()}
+        files = {path.name: path.read_bytes() for path in out.iterdir()}
+        return readme.read_text(), files
 
     text, files = plotted(benchmark, "--out", out)
     assert plotted(out) == (text, files)  # from the CSV alone
-    assert set(files) == {
-        "results.csv",
-        "scores.csv",
-        "aggregates.csv",
-        "curves.png",
-        "aggregates.png",
-    }
-    assert all(
-        plot.plt.imread(out / name).std() > 0.05 for name in ("curves.png", "aggregates.png")
-    )
-    assert text.startswith("before\n<!--") and text.endswith("-->\nafter\n") and "old" not in text
-    table = (
-        "the teacher | 20.0 | –",
-        "QDagger student | 12.0 ± 2.5, 80% | 3",
-        "DQN from scratch, same network | -19.5, 3% | 1",
-    )
-    assert "| Pong | seeds |\n" in text and "".join(f"| {row} |\n" for row in table) in text
+    tables = {"results.csv", "scores.csv", "aggregates.csv"}
+    figures = {"curves.png", "aggregates.png"}
+    assert set(files) == tables | figures
+    for name in figures:
+        assert plot.plt.imread(out / name).std() > 0.05  # something is drawn
+
+    assert text.startswith("before\n<!--")
+    assert text.endswith("-->\nafter\n")
+    assert "old" not in text
+    assert "| Pong | seeds |\n" in text
+    body = "| the teacher | 20.0 | – |\n"
+    body += "| QDagger student | 12.0 ± 2.5, 80% | 3 |\n"
+    body += "| DQN from scratch, same network | -19.5, 3% | 1 |\n"
+    assert body in text
+
     rows = plot.read_csv(out / "results.csv")
-    loss = rows[(rows.run == "student-PongNoFrameskip-v4-2") & (rows.tag == "losses/loss")]
-    assert len(loss) == 400 and loss.step.max() == 1199 and (loss.step == loss.value).all()
+    loss = rows[(rows.run == second) & (rows.tag == "losses/loss")]
+    assert len(loss) == 400
+    assert loss.step.max() == 1199
+    assert (loss.step == loss.value).all()
     points = plot.evaluations(rows).set_index("run")[["step", "value", "minutes"]]
-    assert points.loc["student-PongNoFrameskip-v4-2"].values.tolist() == [
-        [0, 5, 0],
-        [100, 10, 1 / 6],
-        [200, 14, 1 / 3],
-    ]
-    assert points.loc["scratch-PongNoFrameskip-v4-1", "step"].tolist() == [100, 200]
+    assert points.loc[second].values.tolist() == [[0, 5, 0], [100, 10, 1 / 6], [200, 14, 1 / 3]]
+    assert points.loc[scratch, "step"].tolist() == [100, 200]
+
     table = plot.scores(rows).set_index(["kind", "seed"])
-    assert table.loc["student", "1"].human_normalised == pytest.approx((11 + 20.7) / (14.6 + 20.7))
-    assert table.loc["scratch", "1"].teacher_normalised == pytest.approx(1.2 / 40.7)
+    human_share = table.loc["student", "1"].human_normalised
+    teacher_share = table.loc["scratch", "1"].teacher_normalised
+    assert human_share == pytest.approx((11 + 20.7) / (14.6 + 20.7))
+    assert teacher_share == pytest.approx(1.2 / 40.7)
+
     (out / "teachers.csv").write_text("Pong,Breakout\n9.0,7\n9.6,7\n")
     table = plot.scores(plot.read_csv(out / "results.csv")).set_index(["kind", "seed"])
     assert table.loc["scratch", "1"].teacher_normalised == pytest.approx(1.2 / 30)
@@ -214,64 +259,83 @@ def test_event_files_and_the_csv_give_the_same_tables_and_figures(tmp_path, monk
 
 def test_interquartile_mean_and_intervals_are_the_known_ones():
     assert plot.interquartile_mean(np.arange(8.0) ** 2) == np.mean([4, 9, 16, 25])
-    games, rng = (
-        [level + np.linspace(-0.1, 0.1, 6) for level in (0.0, 1.0)],
-        np.random.default_rng(1),
-    )
-    rows = [
-        ("student", "AB"[nth], seed, value, np.nan)
-        for nth in (0, 1)
-        for seed, value in enumerate(games[nth])
-    ]
+
+    games = {
+        "A": np.linspace(-0.1, 0.1, 6),
+        "B": np.linspace(0.9, 1.1, 6),
+    }
+    rows = []
+    for game, of_seeds in games.items():
+        for seed, score in enumerate(of_seeds):
+            rows.append(("student", game, seed, score, np.nan))
     table = pd.DataFrame(rows, columns=["kind", "game", "seed", *plot.MEASURES])
     (row,) = plot.aggregates(table).itertuples()
-    assert (row.games, row.runs, row.iqm) == (2, 12, pytest.approx(0.5))
-    drawn = [
-        np.sort(np.concatenate([rng.choice(game, 6) for game in games]))[3:9].mean()
-        for _ in range(5000)
-    ]
-    assert [row.low, row.high] == pytest.approx(np.percentile(drawn, [2.5, 97.5]), abs=0.005)
+    assert row.games == 2
+    assert row.runs == 12
+    assert row.iqm == pytest.approx(0.5)
+
+    rng = np.random.default_rng(1)
+    drawn = []
+    for _ in range(5000):
+        resample = np.concatenate([rng.choice(of_seeds, 6) for of_seeds in games.values()])
+        drawn.append(np.sort(resample)[3:9].mean())
+    expected = np.percentile(drawn, [2.5, 97.5])
+    assert [row.low, row.high] == pytest.approx(expected, abs=0.005)
+
     assert plot.aggregates(table.query("seed == 0")).empty  # one seed has no interval
 
 
 def test_tables_of_the_readme_are_remade_from_what_is_committed():
-    made, pattern = {}, r"<!-- (\w+): begin -->\n(.*?)\n?<!-- \1: end -->"
+    made = {}
     for directory in (ROOT / "results").iterdir():
         made |= plot.json_tables(directory)
-        if (directory / "results.csv").exists():
-            rows = plot.read_csv(directory / "results.csv")
+        results = directory / "results.csv"
+        if results.exists():
+            rows = plot.read_csv(results)
             made[directory.name] = plot.markdown(rows, plot.labels_of(directory, rows))
-    pages = [plot.README, *(ROOT / "results").glob("*/README.md")]
-    shown = dict(
-        re.findall(pattern, "\n".join(page.read_text() for page in pages), flags=re.DOTALL)
-    )
-    assert made and made == {
-        name: table for name, table in shown.items() if re.search(r"\d", table)
-    }
+
+    shown = {}
+    for page in (plot.README, *(ROOT / "results").glob("*/README.md")):
+        marked = r"<!-- (\w+): begin -->\n(.*?)\n?<!-- \1: end -->"
+        for name, table in re.findall(marked, page.read_text(), flags=re.DOTALL):
+            if re.search(r"\d", table):  # others wait for their numbers
+                shown[name] = table
+    assert made
+    assert made == shown
+
     for path in (ROOT / "results" / "speed").glob("*.json"):
         content = json.loads(path.read_text())
         if "runs" in content:
             assert speed.table_of(content["runs"], "other script") == content["table"]
 
 
+# ---- tools/speed.py
+
 SCRIPT = f"""
 import sys
 from huggingface_hub import hf_hub_download as download
 from torch.utils.tensorboard import SummaryWriter
-assert "--env-id=PongNoFrameskip-v4" in sys.argv and "--learning-starts=400" in sys.argv
+
+assert "--env-id=PongNoFrameskip-v4" in sys.argv
+assert "--learning-starts=400" in sys.argv
 teacher = download("cleanrl/PongNoFrameskip-v4-dqn_atari-seed1", "dqn_atari.cleanrl_model")
 assert open(teacher, "rb").read() == open("{TEACHER}", "rb").read()
+
 faster = 1 + ("--amp" in sys.argv)
 with SummaryWriter("runs/RUN") as log:
     log.add_scalar("charts/teacher/avg_episodic_return", 20, 0, walltime=1000)
     for nth in range(10):
         log.add_scalar("charts/offline/loss", 1, 100 * nth, walltime=1010 + 2 * nth / faster)
-        log.add_scalar("losses/td_loss", 1, 100 * nth, walltime=2000 + (4 * nth / faster if nth > 1 else -100))
+        second = 2000 - 100  # the first two points are slow
+        if nth > 1:
+            second = 2000 + 4 * nth / faster
+        log.add_scalar("losses/td_loss", 1, 100 * nth, walltime=second)
 """
 
 
 def test_speed_of_variants_and_of_another_script(tmp_path, monkeypatch):
-    script, out = tmp_path / "script.py", tmp_path / "speed.json"
+    script = tmp_path / "script.py"
+    out = tmp_path / "speed.json"
     script.write_text(SCRIPT)
     monkeypatch.setattr(speed, "PROGRAM", script)
     options = [
@@ -280,126 +344,159 @@ def test_speed_of_variants_and_of_another_script(tmp_path, monkeypatch):
         "--variants=--amp",
         "--repeats=1",
         f"--out={out}",
+        f"--against=other script={sys.executable} {script}",
     ]
-    monkeypatch.setattr(
-        sys, "argv", ["speed.py", *options, f"--against=other script={sys.executable} {script}"]
-    )
+    monkeypatch.setattr(sys, "argv", ["speed.py", *options])
     speed.main()
+
     content = json.loads(out.read_text())
-    (other,), (ours,) = content["runs"]["other script"], content["runs"]["this program --amp"]
-    assert [other[phase] for phase in speed.PHASES] == pytest.approx([400, 50, 25]) and other[
-        "host"
-    ] > 0.05
+    (other,) = content["runs"]["other script"]
+    (ours,) = content["runs"]["this program --amp"]
+    assert [other[phase] for phase in speed.PHASES] == pytest.approx([400, 50, 25])
     assert [ours[phase] for phase in speed.PHASES] == pytest.approx([400, 100, 50])
-    assert (
-        "| this program --amp | 400.0 (1.0×) | 100.0 (2.0×) | 50.0 (2.0×) | 10.0 |"
-        in content["table"]
-    )
+    assert other["host"] > 0.05
+    row = "| this program --amp | 400.0 (1.0×) | 100.0 (2.0×) | 50.0 (2.0×) | 10.0 |"
+    assert row in content["table"]
     assert str(tmp_path) not in out.read_text()
 
 
+# ---- benchmark.sh
+
+
 def benchmark(out: Path, *options, **variables) -> subprocess.Popen:
-    command = [
-        "bash",
-        ROOT / "benchmark.sh",
-        "--env-ids",
-        GAME,
-        "--out",
-        out,
-        "--games",
-        2,
-        *options,
-    ]
-    return start(*command, PYTHON=sys.executable, **variables)
+    command = ["bash", ROOT / "benchmark.sh", "--env-ids", GAME, "--out", out, "--games", 2]
+    return start(*command, *options, PYTHON=sys.executable, **variables)
 
 
 def test_games_seeds_and_kinds_make_the_grid_and_share_a_buffer(tmp_path):
-    buffer, flags = tmp_path / "buffers" / f"{GAME}.pt", f"--env-id {GAME} --teacher {TEACHER} "
     options = ["--program", FAKE, "--seeds", 1, 2, "--", "--teacher", os.path.relpath(TEACHER)]
     code, said = end(benchmark(tmp_path, *options))
-    assert code == 0 and said.index(f"buffer-{GAME}: finished") < said.index("student")
+    assert code == 0
+    assert said.index(f"buffer-{GAME}: finished") < said.index("student")
+    buffer = tmp_path / "buffers" / f"{GAME}.pt"
     assert buffer.read_text() == f"made by buffer-{GAME}"
+
     of_kind = {
         "student": f"--teacher-buffer {buffer}",
         "scratch": "--teacher none",
         "kickstart": "--offline-steps 0",
+        "offline": f"--teacher-buffer {buffer} --total-timesteps 0",
     }
-    of_kind["offline"] = f"--teacher-buffer {buffer} --total-timesteps 0"
-    assert (tmp_path / "runs.txt").read_text().replace(" \n", "\n").splitlines() == [
-        f"{kind}-{GAME}-{seed} {flags}{of_kind[kind]} --seed {seed} --save-model"
-        for kind in of_kind
-        for seed in (1, 2)
-    ]
+    expected = []
+    for kind, flags in of_kind.items():
+        for seed in (1, 2):
+            common = f"--env-id {GAME} --teacher {TEACHER}"
+            expected.append(f"{kind}-{GAME}-{seed} {common} {flags} --seed {seed} --save-model")
+    lines = (tmp_path / "runs.txt").read_text().splitlines()
+    assert [line.rstrip() for line in lines] == expected
+
     assert end(benchmark(tmp_path, *options)) == (0, "")
-    assert end(benchmark(tmp_path, *options, "--gamma", 3))[0] == 2
+    code, _ = end(benchmark(tmp_path, *options, "--gamma", 3))
+    assert code == 2
 
 
-def test_wrong_options_get_one_line(tmp_path):
-    wrong = {"--seed 1": "--seed: no such option", "--seeds": "--seeds: a value is missing"}
-    wrong |= {
-        "--kinds teacher": "--kinds teacher: none of",
-        "--program x.py": "--program x.py: there is no such file",
-    }
-    for options, words in wrong.items():
-        code, said = end(benchmark(tmp_path, *options.split()))
-        assert code == 2 and words in said and len(said.splitlines()) == 1
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ("--seed 1", "--seed: no such option"),
+        ("--seeds", "--seeds: a value is missing"),
+        ("--kinds teacher", "--kinds teacher: none of"),
+        ("--program x.py", "--program x.py: there is no such file"),
+    ],
+)
+def test_wrong_options_get_one_line(tmp_path, options, words):
+    code, said = end(benchmark(tmp_path, *options.split()))
+    assert code == 2
+    assert words in said
+    assert len(said.splitlines()) == 1
 
 
 def test_the_program_is_stopped_and_finishes(tmp_path, make_model):
-    flags = "--network=nature --teacher-steps=224 --offline-steps=20 --total-timesteps=400 --learning-starts=200 "
-    flags += "--buffer-size=2000 --teacher-eval-episodes=1 --eval-episodes=1 --teacher"
-    options = [
-        "--env-ids",
-        "ALE/Breakout-v5",
-        "--seeds",
-        1,
-        "--kinds",
-        "student",
-        "--",
-        *flags.split(),
+    options = ["--env-ids", "ALE/Breakout-v5", "--seeds", 1, "--kinds", "student", "--"]
+    options += [
+        "--network=nature",
+        "--teacher-steps=224",
+        "--offline-steps=20",
+        "--total-timesteps=400",
+        "--learning-starts=200",
+        "--buffer-size=2000",
+        "--teacher-eval-episodes=1",
+        "--eval-episodes=1",
+        "--teacher",
+        make_model(4, action=1),
     ]
-    options.append(make_model(4, action=1))
-    process, log = benchmark(tmp_path, *options), tmp_path / "student-ALE-Breakout-v5-1" / "log"
+    run = tmp_path / "student-ALE-Breakout-v5-1"
+    log = run / "log"
+    process = benchmark(tmp_path, *options)
     wait_for(lambda: log.exists() and "online:   " in log.read_text())
     process.terminate()
-    assert end(process)[0] == 143
+    code, _ = end(process)
+    assert code == 143
+
     code, said = end(benchmark(tmp_path, *options))
-    assert code == 0 and "--resume" in said
+    assert code == 0
+    assert "--resume" in said
     plot.write_csv(tmp_path, tmp_path / "results.csv")
     rows = plot.read_csv(tmp_path / "results.csv")
-    assert set(rows.run) == {log.parent.name} and set(rows.game) == {"Breakout"}
+    assert set(rows.run) == {run.name}
+    assert set(rows.game) == {"Breakout"}
     assert rows[rows.tag == "score/games"].value.item() == 2
     assert plot.evaluations(rows).step.tolist() == [-20, 0, 400]
 
 
-@pytest.fixture
-def slurm(tmp_path):
-    """A Slurm cluster of this machine alone: the variables that lead to it, and what runs a command there."""
-    if os.geteuid() != 0 or not all(map(shutil.which, ("munged", "slurmctld", "slurmd"))):
-        pytest.skip("wants root and Slurm (Debian: slurm-wlm, munge)")
-    home, host = tmp_path / "slurm", socket.gethostname().split(".")[0]
-    (home / "state").mkdir(parents=True)
-    with (
-        socket.create_server(("127.0.0.1", 0)) as one,
-        socket.create_server(("127.0.0.1", 0)) as other,
-    ):
-        ports = one.getsockname()[1], other.getsockname()[1]
-    settings = f"""
-ClusterName=test, SlurmUser=root, SlurmctldHost={host}(127.0.0.1), SlurmctldPort={ports[0]}, SlurmdPort={ports[1]}
-AuthType=auth/munge, AuthInfo=socket={home}/munge.socket, ProctrackType=proctrack/linuxproc, TaskPlugin=task/none
-SelectType=select/cons_tres, SelectTypeParameters=CR_Core, MailProg=/bin/true
-SlurmctldPidFile={home}/slurmctld.pid, SlurmctldLogFile={home}/slurmctld.log, StateSaveLocation={home}/state
-SlurmdPidFile={home}/slurmd.pid, SlurmdLogFile={home}/slurmd.log, SlurmdSpoolDir={home}/spool
+def free_ports(count: int) -> list[int]:
+    servers = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [server.getsockname()[1] for server in servers]
+    for server in servers:
+        server.close()
+    return ports
+
+
+SLURM_CONF = """
+ClusterName=test
+SlurmUser=root
+SlurmctldHost={host}(127.0.0.1)
+SlurmctldPort={ports[0]}
+SlurmdPort={ports[1]}
+AuthType=auth/munge
+AuthInfo=socket={home}/munge.socket
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core
+MailProg=/bin/true
+SlurmctldPidFile={home}/slurmctld.pid
+SlurmctldLogFile={home}/slurmctld.log
+StateSaveLocation={home}/state
+SlurmdPidFile={home}/slurmd.pid
+SlurmdLogFile={home}/slurmd.log
+SlurmdSpoolDir={home}/spool
 NodeName={host} NodeAddr=127.0.0.1 CPUs=2
 PartitionName=main Nodes={host} Default=YES State=UP
 """
-    (home / "slurm.conf").write_text(settings.replace(", ", "\n"))
+
+
+@pytest.fixture
+def slurm(tmp_path):
+    """A Slurm cluster of this machine alone.
+
+    Gives the variables that lead to it, and what runs a command there.
+    """
+    installed = all(shutil.which(program) for program in ("munged", "slurmctld", "slurmd"))
+    if os.geteuid() != 0 or not installed:
+        pytest.skip("wants root and Slurm (Debian: slurm-wlm, munge)")
+
+    home = tmp_path / "slurm"
+    host = socket.gethostname().split(".")[0]
+    (home / "state").mkdir(parents=True)
+    configuration = SLURM_CONF.format(home=home, host=host, ports=free_ports(2))
+    (home / "slurm.conf").write_text(configuration)
     variables = {"SLURM_CONF": str(home / "slurm.conf")}
 
     def run(*command) -> str:
-        return subprocess.run(
-            command, env=os.environ | variables, check=True, capture_output=True, text=True
-        ).stdout
+        environment = os.environ | variables
+        done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
+        return done.stdout
 
     files = [f"--{name}-file={home}/munge.{name}" for name in ("key", "log", "pid", "seed")]
     run("mungekey", "--create", f"--keyfile={home}/munge.key")
@@ -411,39 +508,51 @@ PartitionName=main Nodes={host} Default=YES State=UP
         yield variables, run
     finally:
         for name in ("slurmd", "slurmctld", "munge"):
-            if (home / f"{name}.pid").exists():
-                os.kill(int((home / f"{name}.pid").read_text()), signal.SIGTERM)
+            pid_file = home / f"{name}.pid"
+            if pid_file.exists():
+                os.kill(int(pid_file.read_text()), signal.SIGTERM)
         time.sleep(1)
 
 
-def test_slurm_runs_warns_requeues_and_finishes(slurm, tmp_path):
+@pytest.fixture
+def template(tmp_path) -> Path:
+    """benchmark.slurm, edited for a cluster without GPUs and with few cores."""
+    text = (ROOT / "benchmark.slurm").read_text()
+    text = text.replace("--cpus-per-task=4", "--cpus-per-task=1")
+    text = re.sub("#SBATCH --(gpus|mem).*\n", "", text)
+    edited = tmp_path / "edited.slurm"
+    edited.write_text(text)
+    return edited
+
+
+def test_slurm_runs_warns_requeues_and_finishes(slurm, template, tmp_path):
     variables, run = slurm
-    template = (
-        (ROOT / "benchmark.slurm").read_text().replace("--cpus-per-task=4", "--cpus-per-task=1")
-    )
-    out, edited = tmp_path / "out", tmp_path / "edited.slurm"  # for a cluster without GPUs
-    edited.write_text(re.sub("#SBATCH --(gpus|mem).*\n", "", template))
-    student, offline = out / f"student-{GAME}-1", out / f"offline-{GAME}-1"
+    out = tmp_path / "out"
+    student = out / f"student-{GAME}-1"
+    offline = out / f"offline-{GAME}-1"
     options = ["--program", FAKE, "--seeds", 1, "--kinds", "student", "offline"]
-    code, said = end(benchmark(out, *options, "--slurm", edited, "--", "--slow", **variables))
-    assert (
-        code == 0
-        and f"1 runs of {out}/buffers.txt: job" in said
-        and f"2 runs of {out}/runs.txt: job" in said
-    )
+    options += ["--slurm", template, "--", "--slow"]
+    code, said = end(benchmark(out, *options, **variables))
+    assert code == 0
+    assert f"1 runs of {out}/buffers.txt: job" in said
+    assert f"2 runs of {out}/runs.txt: job" in said
+
     job = said.split("runs.txt: job ")[1].strip()
     for task, directory in enumerate((student, offline), 1):
         pid_of(directory)
         run("scancel", "--signal=USR1", "--batch", f"{job}_{task}")  # as before its time is over
-    wait_for(
-        lambda: run("squeue", "-h", "-o", "%T").split() == ["PENDING"] * 2
-    )  # both have written a checkpoint
+    # Then both have written a checkpoint.
+    wait_for(lambda: run("squeue", "-h", "-o", "%T").split() == ["PENDING"] * 2)
     time.sleep(5)  # a node takes no job whose end it has seen within the same second
     run("scontrol", "update", f"JobId={job}", "StartTime=now")  # Slurm would wait for two minutes
     wait_for(lambda: not run("squeue", "-h"))
+
     for directory in (student, offline):
-        assert (directory / "signals").read_text() == str(int(signal.SIGUSR1)) and (
-            directory / "score"
-        ).exists()
-        assert ["--resume" in call for call in calls(directory)] == [False, True, False]
-    assert (out / "buffers" / f"{GAME}.pt").read_text() == f"made by buffer-{GAME}"
+        assert (directory / "signals").read_text() == str(int(signal.SIGUSR1))
+        assert (directory / "score").exists()
+        began, resumed, evaluated = calls(directory)
+        assert "--resume" not in began
+        assert "--resume" in resumed
+        assert "--resume" not in evaluated
+    buffer = out / "buffers" / f"{GAME}.pt"
+    assert buffer.read_text() == f"made by buffer-{GAME}"
