@@ -14,6 +14,8 @@ import sys
 import time
 from pathlib import Path
 
+import ale_py
+import gymnasium
 import matplotlib
 import numpy as np
 import pandas as pd
@@ -255,6 +257,127 @@ def test_event_files_and_the_csv_give_the_same_tables_and_figures(tmp_path, monk
     (out / "teachers.csv").write_text("Pong,Breakout\n9.0,7\n9.6,7\n")
     table = plot.scores(plot.read_csv(out / "results.csv")).set_index(["kind", "seed"])
     assert table.loc["scratch", "1"].teacher_normalised == pytest.approx(1.2 / 30)
+
+
+def test_human_and_random_scores_of_all_games_are_those_of_one_table():
+    assert len(plot.REFERENCES) == 57
+    # These tell the table from those of other papers.
+    assert plot.REFERENCES["Pong"] == (-20.7, 14.6)
+    assert plot.REFERENCES["BeamRider"] == (363.9, 16926.5)
+    assert plot.REFERENCES["VideoPinball"] == (16256.9, 17667.9)
+
+    gymnasium.register_envs(ale_py)
+    for game, (by_chance, by_a_human) in plot.REFERENCES.items():
+        assert by_chance < by_a_human
+        if game != "Surround":  # in the table, but no game of ale-py's
+            assert f"{game}NoFrameskip-v4" in gymnasium.registry
+        for name in (f"{game}NoFrameskip-v4", f"ALE/{game}-v5"):
+            assert plot.reference(name) is plot.reference(game)
+
+
+def plotted_tables(directory: Path) -> str:
+    out = directory / "tables"
+    out.mkdir(exist_ok=True)
+    (table,) = plot.tables_of(directory, out).values()
+    return table
+
+
+def test_runs_that_differ_are_never_taken_for_one(tmp_path):
+    made_up_run(tmp_path / "student-PongNoFrameskip-v4-1", [5, 10], "11.00", updates=1000)
+    made_up_run(tmp_path / "student-ALE-Pong-v5-1", [5, 10], "12.00", updates=1000)
+    made_up_run(tmp_path / "no-latch-BreakoutNoFrameskip-v4-1", [5, 10], "13.00", updates=1000)
+    made_up_run(tmp_path / "no-latch-ALE-Pong-v5-1", [5, 10], "14.00", updates=1000)
+    made_up_run(tmp_path / "final.latch-ALE-Pong-v5-1", [5, 10], "15.00", updates=1000)
+    assert (
+        plotted_tables(tmp_path)
+        .splitlines()[0]
+        .endswith("| ALE/Pong-v5 | Breakout | PongNoFrameskip-v4 | seeds |")
+    )
+
+    rows = plot.read_csv(tmp_path / "tables" / "results.csv")
+    table = plot.scores(rows).set_index(["kind", "game", "seed"])
+    assert table.score.to_dict() == {
+        ("student", "PongNoFrameskip-v4", "1"): 11,
+        ("student", "ALE/Pong-v5", "1"): 12,
+        ("no-latch", "Breakout", "1"): 13,
+        ("no-latch", "ALE/Pong-v5", "1"): 14,
+        ("final.latch", "ALE/Pong-v5", "1"): 15,
+    }
+    assert table.human_normalised.notna().all()
+
+
+def test_a_game_that_no_table_has_is_drawn_without_shares(tmp_path):
+    made_up_run(tmp_path / "student-AdventureNoFrameskip-v4-1", [1, 2], "1.50", updates=1000)
+    assert "| QDagger student | 1.5 | 1 |" in plotted_tables(tmp_path)
+    assert (tmp_path / "tables" / "curves.png").exists()
+
+
+@pytest.mark.parametrize("left", ["", "{", "7", "\0\0\0"])
+def test_a_file_that_a_power_cut_has_emptied_hides_no_run(tmp_path, left):
+    run = tmp_path / "student-PongNoFrameskip-v4-1"
+    made_up_run(run, [5, 10, 12], "11.00", updates=1000)
+    (run / "start").write_text(left)
+    (run / "score").write_text(left)
+    os.utime(run / "start", (1000, 1000))
+    plotted_tables(tmp_path)
+    points = plot.evaluations(plot.read_csv(tmp_path / "tables" / "results.csv"))
+    assert points.minutes.tolist() == [0, 1 / 6, 1 / 3]
+
+
+def wrong_csv(directory: Path) -> None:
+    (directory / "results.csv").write_text("game,score\nPong,7\n")
+
+
+def empty_csv(directory: Path) -> None:
+    (directory / "results.csv").write_text("")
+
+
+def run_without_a_seed(directory: Path) -> None:
+    (directory / "results.csv").write_text("run,tag,step,value,seconds\nstudent-Pong,a,1,2,3\n")
+
+
+def run_without_points(directory: Path) -> None:
+    (directory / "student-PongNoFrameskip-v4-1").mkdir()
+    (directory / "student-PongNoFrameskip-v4-1" / "start").write_text("{}")
+
+
+def wrong_labels(directory: Path) -> None:
+    made_up_run(directory / "student-PongNoFrameskip-v4-1", [5, 10], "11.00", updates=1000)
+    (directory / "labels.json").write_text("student: ours")
+
+
+def nothing(directory: Path) -> None:
+    pass
+
+
+def no_directory(directory: Path) -> None:
+    directory.rmdir()
+
+
+@pytest.mark.parametrize(
+    "prepare, words",
+    [
+        (wrong_csv, "its columns are not run, tag"),
+        (empty_csv, "not a table"),
+        (run_without_a_seed, "not called KIND-ENV_ID-SEED"),
+        (run_without_points, "no run has logged anything yet"),
+        (wrong_labels, "labels.json: not JSON"),
+        (nothing, "neither runs"),
+        (no_directory, "no such directory"),
+    ],
+)
+def test_what_cannot_be_plotted_gets_one_line(tmp_path, monkeypatch, capsys, prepare, words):
+    directory = tmp_path / "benchmark"
+    directory.mkdir()
+    prepare(directory)
+    monkeypatch.setattr(sys, "argv", ["plot.py", str(directory)])
+    with pytest.raises(SystemExit) as stop:
+        plot.main()
+    assert stop.value.code == 2
+    message = capsys.readouterr().err
+    assert message.startswith("error: ")
+    assert words in message
+    assert len(message.splitlines()) == 1
 
 
 def test_interquartile_mean_and_intervals_are_the_known_ones():

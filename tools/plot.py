@@ -8,30 +8,40 @@
 
 It needs `pip install -e ".[plot]"`. Written are results.csv (run, tag, step, value, and seconds
 since the run began), curves.png, scores.csv, and, where a kind has several seeds, aggregates.csv
-and aggregates.png. A run is called KIND-GAME-SEED. Beside the CSV, labels.json takes the place of
-LABELS; teachers.csv has returns of a teacher's games, for each GAME, and counts before the few by
-which each run measured it.
+and aggregates.png. A run is called KIND-ENV_ID-SEED. A game goes by its short name, Pong, or, where
+a directory has several environments of it, by theirs: PongNoFrameskip-v4 and ALE/Pong-v5. Beside
+the CSV, labels.json takes the place of LABELS; teachers.csv has returns of a teacher's games, a
+column for each game, and counts before the few by which each run measured it.
 
 Curves are evaluations, or, of a run that has none online, means of ten training games in turn, of
 fewer if there are not thirty; thin lines are single seeds. Scores are those of the final network.
 Intervals are 95%: of the mean over seeds (Student's t), and of interquartile means by a bootstrap
-stratified by game (Agarwal et al., 2021).
+stratified by game (Agarwal et al., 2021). Exit code: 2, with a line that says why, if there is
+nothing to draw.
 """
 
 import argparse
 import json
 import re
+import sys
 from itertools import cycle
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
-import matplotlib.pyplot as plt
-import numpy as np
-import pandas as pd
-from scipy import stats
+try:
+    import matplotlib.pyplot as plt
+    import numpy as np
+    import pandas as pd
+    from scipy import stats
+except ModuleNotFoundError as missing:
+    print(f'error: there is no {missing.name} here: pip install -e ".[plot]"', file=sys.stderr)
+    sys.exit(2)
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 README = Path(__file__).resolve().parent.parent / "README.md"
+
+# What a run is called, KIND-ENV_ID-SEED. A kind may have hyphens of its own: no-latch.
+NAME = r"^(.+?)-((?:ALE-)?(\w+?)(?:NoFrameskip-v4|-v5))-(\d+)$"
 
 # Of a tag in the CSV; the episodes and losses of ten million steps would be a gigabyte.
 POINTS = 500
@@ -58,15 +68,108 @@ STYLES = [
 TEACHER_LINE = {"color": "black", "linewidth": 1, "linestyle": (0, (1, 1))}
 CHANCE_LINE = {"color": "grey", "linewidth": 1, "linestyle": (0, (5, 2, 1, 2))}
 
-RANDOM = {"Breakout": 1.7, "Pong": -20.7, "BeamRider": 363.9}  # returns in Mnih et al., 2015
-HUMAN = {"Breakout": 30.5, "Pong": 14.6, "BeamRider": 16926.5}
-
 TEACHER = "charts/teacher/avg_episodic_return"
 OFFLINE_RETURN = "charts/offline/avg_episodic_return"
 ONLINE_RETURN = "eval/episodic_return"
 TRAINING_RETURN = "charts/episodic_return"
 
 MEASURES = ("human_normalised", "teacher_normalised")
+
+
+class Reference(NamedTuple):
+    """Mean returns in a game of what others are measured by."""
+
+    random: float  # of random play
+    human: float  # of a professional tester of games
+
+
+# All from one table, of the 57 games that most papers report: DQN Zoo, dqn_zoo/atari_data.py at
+# 359945d, github.com/google-deepmind/dqn_zoo. Games begin with 1 to 30 no-ops and end after 30
+# minutes. The table of Agent57 (Badia et al., 2020, arXiv 2003.13350) has the same numbers, but for
+# random play of VideoPinball, 0 there. Mnih et al., 2015, had another tester (Pong 9.3, BeamRider
+# 5,775) and 49 games.
+REFERENCES = {
+    "Alien": Reference(227.8, 7127.7),
+    "Amidar": Reference(5.8, 1719.5),
+    "Assault": Reference(222.4, 742.0),
+    "Asterix": Reference(210.0, 8503.3),
+    "Asteroids": Reference(719.1, 47388.7),
+    "Atlantis": Reference(12850.0, 29028.1),
+    "BankHeist": Reference(14.2, 753.1),
+    "BattleZone": Reference(2360.0, 37187.5),
+    "BeamRider": Reference(363.9, 16926.5),
+    "Berzerk": Reference(123.7, 2630.4),
+    "Bowling": Reference(23.1, 160.7),
+    "Boxing": Reference(0.1, 12.1),
+    "Breakout": Reference(1.7, 30.5),
+    "Centipede": Reference(2090.9, 12017.0),
+    "ChopperCommand": Reference(811.0, 7387.8),
+    "CrazyClimber": Reference(10780.5, 35829.4),
+    "Defender": Reference(2874.5, 18688.9),
+    "DemonAttack": Reference(152.1, 1971.0),
+    "DoubleDunk": Reference(-18.6, -16.4),
+    "Enduro": Reference(0.0, 860.5),
+    "FishingDerby": Reference(-91.7, -38.7),
+    "Freeway": Reference(0.0, 29.6),
+    "Frostbite": Reference(65.2, 4334.7),
+    "Gopher": Reference(257.6, 2412.5),
+    "Gravitar": Reference(173.0, 3351.4),
+    "Hero": Reference(1027.0, 30826.4),
+    "IceHockey": Reference(-11.2, 0.9),
+    "Jamesbond": Reference(29.0, 302.8),
+    "Kangaroo": Reference(52.0, 3035.0),
+    "Krull": Reference(1598.0, 2665.5),
+    "KungFuMaster": Reference(258.5, 22736.3),
+    "MontezumaRevenge": Reference(0.0, 4753.3),
+    "MsPacman": Reference(307.3, 6951.6),
+    "NameThisGame": Reference(2292.3, 8049.0),
+    "Phoenix": Reference(761.4, 7242.6),
+    "Pitfall": Reference(-229.4, 6463.7),
+    "Pong": Reference(-20.7, 14.6),
+    "PrivateEye": Reference(24.9, 69571.3),
+    "Qbert": Reference(163.9, 13455.0),
+    "Riverraid": Reference(1338.5, 17118.0),
+    "RoadRunner": Reference(11.5, 7845.0),
+    "Robotank": Reference(2.2, 11.9),
+    "Seaquest": Reference(68.4, 42054.7),
+    "Skiing": Reference(-17098.1, -4336.9),
+    "Solaris": Reference(1236.3, 12326.7),
+    "SpaceInvaders": Reference(148.0, 1668.7),
+    "StarGunner": Reference(664.0, 10250.0),
+    "Surround": Reference(-10.0, 6.5),
+    "Tennis": Reference(-23.8, -8.3),
+    "TimePilot": Reference(3568.0, 5229.2),
+    "Tutankham": Reference(11.4, 167.6),
+    "UpNDown": Reference(533.4, 11693.2),
+    "Venture": Reference(0.0, 1187.5),
+    "VideoPinball": Reference(16256.9, 17667.9),
+    "WizardOfWor": Reference(563.5, 4756.5),
+    "YarsRevenge": Reference(3092.9, 54576.9),
+    "Zaxxon": Reference(32.5, 9173.3),
+}
+UNKNOWN = Reference(np.nan, np.nan)  # of a game outside that table
+
+
+def fail(message: str) -> NoReturn:
+    """For what the user can put right."""
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def read_json(path: Path) -> dict:
+    try:
+        content = json.loads(path.read_text())
+    except ValueError as error:
+        fail(f"{path}: not JSON ({error}); correct or delete it")
+    if not isinstance(content, dict):
+        fail(f"{path}: not a JSON object; correct or delete it")
+    return content
+
+
+def reference(game: str) -> Reference:
+    """Of a game, which may go by its environment."""
+    name = game.removeprefix("ALE/").removesuffix("NoFrameskip-v4").removesuffix("-v5")
+    return REFERENCES.get(name, UNKNOWN)
 
 
 # ---- From event files to the CSV
@@ -83,9 +186,9 @@ class Row(NamedTuple):
 def run_rows(directory: Path) -> list[Row]:
     """All scalars of one run of tools/run.py, thinned, and the scores of its final network."""
     name = directory.name
-    began = json.loads((directory / "start").read_text())["time"]
+    began = time_of_start(directory)
     rows = []
-    for run in directory.glob("runs/*"):
+    for run in sorted({file.parent for file in directory.glob("runs/**/events.*")}):
         events = EventAccumulator(str(run), size_guidance={"scalars": 0}).Reload()
         for tag in events.Tags()["scalars"]:
             for scalar in thinned(events.Scalars(tag)):
@@ -101,15 +204,25 @@ def run_rows(directory: Path) -> list[Row]:
     return rows
 
 
+def time_of_start(directory: Path) -> float:
+    """As tools/run.py has noted it. A power cut may have emptied the note, but it has a date."""
+    note = directory / "start"
+    try:
+        return float(json.loads(note.read_text(errors="replace"))["time"])
+    except (ValueError, KeyError, TypeError):
+        return note.stat().st_mtime
+
+
 def score_of(directory: Path) -> dict[str, float]:
     """What the final network has scored; nothing if it has not played, or if there is none."""
     score = directory / "score"
     if not score.exists():
         return {}
-    text = score.read_text()
-    if not text.strip():
+    pattern = r"(-?[\d.]+) ± ([\d.]+) over (\d+) games"
+    found = re.match(pattern, score.read_text(errors="replace"))
+    if found is None:  # the run saves no model, or a power cut has emptied the file
         return {}
-    mean, std, games = re.match(r"(\S+) ± (\S+) over (\d+) games", text).groups()
+    mean, std, games = found.groups()
     return {"mean": float(mean), "std": float(std), "games": float(games)}
 
 
@@ -121,28 +234,49 @@ def thinned(points: list) -> list:
 
 
 def write_csv(benchmark: Path, path: Path) -> None:
-    directories = sorted(start.parent for start in benchmark.glob("*-v[45]-*/start"))
+    directories = sorted(start.parent for start in benchmark.glob("*/start"))
     rows = []
     for directory in directories:
-        rows += run_rows(directory)
+        if re.match(NAME, directory.name):
+            rows += run_rows(directory)
+        elif not directory.name.startswith("buffer-"):
+            advice = "left out, it is not called KIND-ENV_ID-SEED"
+            print(f"{directory}: {advice}", file=sys.stderr)
     pd.DataFrame(rows, columns=Row._fields).to_csv(path, index=False)
 
 
 def read_csv(path: Path) -> pd.DataFrame:
-    """All rows, with the columns kind, game and seed."""
-    rows = pd.read_csv(path, dtype={"run": str})
+    """All rows, with the columns kind, env_id, game and seed."""
+    rows = read_table(path)
+    if list(rows.columns) != list(Row._fields):
+        fail(f"{path}: its columns are not {', '.join(Row._fields)}; delete it, or take another")
     if rows.empty:
-        raise SystemExit(f"error: {path}: no run has logged anything yet")
-    name = r"(\w+)-(?:ALE-)?(\w+?)(?:NoFrameskip-v4|-v5)-(\d+)"
-    rows[["kind", "game", "seed"]] = rows.run.str.extract(name)
+        fail(f"{path}: no run has logged anything yet; wait for the first evaluation")
+    rows["run"] = rows.run.astype(str)
+    rows[["kind", "env_id", "game", "seed"]] = rows.run.str.extract(NAME)
+    unnamed = rows.run[rows.kind.isna()]
+    if len(unnamed) > 0:
+        fail(f"{path}: the run {unnamed.iloc[0]} is not called KIND-ENV_ID-SEED; rename it there")
+
+    # Several environments of a game are not one game.
+    environments = rows.groupby("game").env_id.transform("nunique")
+    env_ids = rows.env_id.str.replace("ALE-", "ALE/")
+    rows["game"] = rows.game.where(environments == 1, env_ids)
 
     teachers = path.with_name("teachers.csv")
     if teachers.exists():
-        means = pd.read_csv(teachers).mean()
+        means = read_table(teachers).mean(numeric_only=True)
         for game, mean in means.items():
             measured = (rows.game == game) & (rows.tag == TEACHER)
             rows.loc[measured, "value"] = mean
     return rows
+
+
+def read_table(path: Path) -> pd.DataFrame:
+    try:
+        return pd.read_csv(path)
+    except ValueError as error:
+        fail(f"{path}: not a table ({error}); correct or delete it")
 
 
 # ---- Curves
@@ -252,7 +386,7 @@ def curves(rows: pd.DataFrame, labels: dict[str, str], path: Path) -> None:
     legend = {}
     for game, of_game in zip(games, panels):
         teacher = teacher_return(rows, game)
-        chance = RANDOM.get(game, np.nan)
+        chance = reference(game).random
         draw_game(of_game, points[points.game == game], labels, teacher, chance)
         by_step = of_game[0]
         by_step.set_ylabel(f"return, {game}")
@@ -280,8 +414,8 @@ def scores(rows: pd.DataFrame) -> pd.DataFrame:
     """
     table = rows[rows.tag == "score/mean"][["kind", "game", "seed", "value"]]
     table = table.rename(columns={"value": "score"})
-    chance = table.game.map(RANDOM).astype(float)
-    human = table.game.map(HUMAN).astype(float)
+    chance = table.game.map(lambda game: reference(game).random).astype(float)
+    human = table.game.map(lambda game: reference(game).human).astype(float)
     teacher = table.game.map(lambda game: teacher_return(rows, game)).astype(float)
 
     table["human_normalised"] = (table.score - chance) / (human - chance)
@@ -395,7 +529,7 @@ def into_readme(name: str, table: str, directory: Path) -> None:
             readme.write_text(f"{before}{begin}\n{table}\n{end}{after}")
             return
     pages = f"neither {README} nor {directory}/README.md"
-    raise SystemExit(f"error: --readme: {pages} has a marker {begin}")
+    fail(f"--readme: {pages} has a marker {begin}; write it where the table shall be")
 
 
 def labels_of(out: Path, rows: pd.DataFrame) -> dict[str, str]:
@@ -403,7 +537,7 @@ def labels_of(out: Path, rows: pd.DataFrame) -> dict[str, str]:
     labels = dict(LABELS)
     own = out / "labels.json"
     if own.exists():
-        labels = json.loads(own.read_text())
+        labels = read_json(own)
     for kind in rows.kind.unique():
         labels.setdefault(kind, kind)
     return labels
@@ -413,7 +547,7 @@ def json_tables(directory: Path) -> dict[str, str]:
     """Those of tools/speed.py, by the names of their files."""
     tables = {}
     for path in sorted(directory.glob("*.json")):
-        content = json.loads(path.read_text())
+        content = read_json(path)
         if "table" in content:
             tables[path.stem] = content["table"]
     return tables
@@ -455,12 +589,15 @@ def main() -> None:
     args = parser.parse_args()
 
     out = args.out or args.directory
-    out.mkdir(parents=True, exist_ok=True)
-    tables = tables_of(args.directory, out)
+    if not args.directory.is_dir():
+        fail(f"{args.directory}: there is no such directory; name that of the runs, or of a CSV")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        tables = tables_of(args.directory, out)
+    except OSError as error:
+        fail(f"{error}; name another --out")
     if not tables:
-        raise SystemExit(
-            f"error: {args.directory}: neither runs of tools/run.py nor a results.csv in it"
-        )
+        fail(f"{args.directory}: neither runs of tools/run.py nor a results.csv in it")
     for name, table in tables.items():
         print(f"{name}\n{table}\n")
         if args.readme:
