@@ -43,7 +43,8 @@ def main() -> None:
         sys.exit(f"error: --gamma {values['--gamma']}: must lie between 0 and 1")
 
     resumed = "--resume" in flags
-    run = Path(values["--resume"]) if resumed else Path(f"runs/{env_id}__fake__1")
+    name = values.get("--exp-name", "fake")
+    run = Path(values["--resume"]) if resumed else Path(f"runs/{env_id}__{name}__1")
     run.mkdir(parents=True, exist_ok=True)
 
     if "--teacher-buffer" in flags:
@@ -54,7 +55,9 @@ def main() -> None:
     if "--slow" in flags and "--save-model" in flags and not resumed:
         train_until_stopped(run)
     if "--save-model" in flags or resumed:
-        (run / "fake.cleanrl_model").touch()
+        model = run / f"{name}.cleanrl_model"
+        model.parent.mkdir(exist_ok=True)  # the name may have slashes
+        model.touch()
 
 
 if __name__ == "__main__":
