@@ -610,7 +610,7 @@ def test_lambda_is_the_formula_on_the_logged_returns(run, baseline, lowest):
     expected = np.array(lambdas_by_hand(seen, lowest=lowest))
     assert seen.values["charts/distill_coeff"] == pytest.approx(expected, abs=1e-6)
     assert expected[0] == 1
-    assert ((0 < expected) & (expected < 1)).sum() >= 4
+    assert ((expected > 0) & (expected < 1)).sum() >= 4
     assert 0 in expected
 
     # What follows from it.
