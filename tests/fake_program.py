@@ -43,21 +43,28 @@ def main() -> None:
         sys.exit(f"error: --gamma {values['--gamma']}: must lie between 0 and 1")
 
     resumed = "--resume" in flags
-    name = values.get("--exp-name", "fake")
-    run = Path(values["--resume"]) if resumed else Path(f"runs/{env_id}__{name}__1")
+    if resumed:
+        run = Path(values["--resume"])
+        _, _, name_and_seed = run.name.partition("__")
+        name, _, _ = name_and_seed.rpartition("__")
+    else:
+        name = values.get("--exp-name", "fake")
+        run = Path(f"runs/{env_id}__{name}__1")
     run.mkdir(parents=True, exist_ok=True)
+    (run / "lock").touch()
+    (run / "checkpoint.pt.1.part").touch()  # as a power cut leaves it
 
     if "--teacher-buffer" in flags:
         buffer = Path(values["--teacher-buffer"])
         if not buffer.exists():
             buffer.write_text(f"made by {Path.cwd().name}")
 
-    if "--slow" in flags and "--save-model" in flags and not resumed:
+    saves_model = "--save-model" in flags and "--no-save-model" not in flags
+    if "--slow" in flags and saves_model and not resumed:
         train_until_stopped(run)
-    if "--save-model" in flags or resumed:
-        model = run / f"{name}.cleanrl_model"
-        model.parent.mkdir(exist_ok=True)  # the name may have slashes
-        model.touch()
+    if saves_model or resumed:
+        (run / f"{name}.best.cleanrl_model").touch()
+        (run / f"{name}.cleanrl_model").touch()
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ benchmark.sh is tried on a real Slurm as well, where there is one.
 """
 
 import errno
+import fcntl
 import json
 import os
 import re
@@ -25,6 +26,8 @@ import pytest
 import run as run_tool
 import speed
 from torch.utils.tensorboard import SummaryWriter
+
+import qdagger_dqn_atari_impalacnn as qdagger
 
 matplotlib.use("agg")
 
@@ -187,15 +190,32 @@ def kill_while_it_trains(grid, flags: str) -> Path:
     return grid.runs[0]
 
 
-@pytest.mark.parametrize("name", ["a/b", "../b", ".b", "[b]", "b*", "a b", "-b"])
-def test_the_checkpoint_of_a_run_of_any_name_is_found(grid, name):
+@pytest.mark.parametrize("name", ["fake", "a b", "a.b", "_b+=-", "a__b", "a.best"])
+def test_the_last_network_plays_and_not_that_of_the_best_evaluation(grid, name):
     flags = f"{SLOW} --exp-name '{name}'"
     run = kill_while_it_trains(grid, flags)
     code, _ = end(grid([flags]))
     assert code == 0
+    directory = run / "runs" / f"PongNoFrameskip-v4__{name}__1"
     _, resumed, evaluated = calls(run)
-    assert "--resume" in resumed
-    assert "--evaluate" in evaluated
+    assert resumed.endswith(f"--resume {directory}")
+    assert f"--evaluate {directory}/{name}.cleanrl_model --eval-episodes" in evaluated
+    assert (directory / f"{name}.best.cleanrl_model").exists()
+
+
+def test_a_run_that_another_has_begun_with_other_flags_is_left_alone(grid):
+    run = grid.runs[0]
+    run.mkdir()
+    with (run / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        process = grid(["--save-model"])
+        said = process.stdout.readline()
+        assert "another process is at work there" in said
+        (run / "start").write_text('{"time": 1000, "command": ["other.py"]}')
+    code, said = end(process)
+    assert code == 1
+    assert "has been started with other flags" in said
+    assert not (run / "calls").exists()
 
 
 def test_a_model_is_kept_when_a_run_without_a_checkpoint_begins_anew(grid):
@@ -407,6 +427,91 @@ def test_a_signal_is_passed_on_once_and_the_next_start_resumes(grid, number):
     assert len(calls(waiting)) == 1
 
 
+# What a machine says of eight cores, and how many of them are granted.
+GROUPS_2 = "0::/job/task\n"
+GROUPS_1 = "5:memory:/elsewhere\n4:cpu,cpuacct:/job/task\n0::/\n"
+CORES = {
+    "no control groups": ({}, 8),
+    "no limit": ({"proc/self/cgroup": GROUPS_2, "sys/fs/cgroup/job/task/cpu.max": "max 100000"}, 8),
+    "own limit": (
+        {"proc/self/cgroup": GROUPS_2, "sys/fs/cgroup/job/task/cpu.max": "350000 100000\n"},
+        3,
+    ),
+    "limit of a group around it": (
+        {
+            "proc/self/cgroup": GROUPS_2,
+            "sys/fs/cgroup/job/task/cpu.max": "max 100000\n",
+            "sys/fs/cgroup/job/cpu.max": "200000 100000\n",
+            "sys/fs/cgroup/other/cpu.max": "100000 100000\n",
+        },
+        2,
+    ),
+    "container": ({"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/cpu.max": "400000 100000\n"}, 4),
+    "less than a core": (
+        {"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/cpu.max": "20000 100000\n"},
+        1,
+    ),
+    "more than there are": (
+        {"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/cpu.max": "9900000 100000\n"},
+        8,
+    ),
+    "version 1": (
+        {
+            "proc/self/cgroup": GROUPS_1,
+            "sys/fs/cgroup/cpu/job/task/cpu.cfs_quota_us": "500000\n",
+            "sys/fs/cgroup/cpu/job/task/cpu.cfs_period_us": "100000\n",
+            "sys/fs/cgroup/cpu/elsewhere/cpu.cfs_quota_us": "100000\n",
+            "sys/fs/cgroup/cpu/elsewhere/cpu.cfs_period_us": "100000\n",
+        },
+        5,
+    ),
+    "version 1, no limit": (
+        {
+            "proc/self/cgroup": GROUPS_1,
+            "sys/fs/cgroup/cpu/job/task/cpu.cfs_quota_us": "-1\n",
+            "sys/fs/cgroup/cpu/job/task/cpu.cfs_period_us": "100000\n",
+        },
+        8,
+    ),
+    "version 1, container": (
+        {
+            "proc/self/cgroup": GROUPS_1,
+            "sys/fs/cgroup/cpu/cpu.cfs_quota_us": "150000\n",
+            "sys/fs/cgroup/cpu/cpu.cfs_period_us": "50000\n",
+        },
+        3,
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CORES)
+@pytest.mark.parametrize("has_affinity", [True, False])
+def test_cores_are_those_that_are_granted(tmp_path, monkeypatch, case, has_affinity):
+    files, expected = CORES[case]
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+
+    if has_affinity:
+        monkeypatch.setattr(os, "cpu_count", lambda: 64)
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
+    else:
+        monkeypatch.setattr(os, "cpu_count", lambda: 8)
+        monkeypatch.delattr(os, "sched_getaffinity", raising=False)
+    assert run_tool.cores(tmp_path) == expected
+
+
+def test_workers_and_their_threads_follow_from_the_cores(tmp_path):
+    program = tmp_path / "program.py"
+    program.write_text("import os; print(os.environ['OMP_NUM_THREADS'])")
+    runs = tmp_path / "runs.txt"
+    runs.write_text("a\n")
+    command = [sys.executable, ROOT / "tools/run.py", runs, "--program", program, "--workers=1"]
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    subprocess.run(command, env=environment, check=True)
+    assert (tmp_path / "a" / "log").read_text() == f"{run_tool.cores()}\n"
+
+
 # ---- tools/plot.py
 
 
@@ -518,7 +623,7 @@ def test_runs_that_differ_are_never_taken_for_one(tmp_path):
     made_up_run(tmp_path / "student-ALE-Pong-v5-1", [5, 10], "12.00", updates=1000)
     made_up_run(tmp_path / "no-latch-BreakoutNoFrameskip-v4-1", [5, 10], "13.00", updates=1000)
     made_up_run(tmp_path / "no-latch-ALE-Pong-v5-1", [5, 10], "14.00", updates=1000)
-    made_up_run(tmp_path / "final.latch-ALE-Pong-v5-1", [5, 10], "15.00", updates=1000)
+    made_up_run(tmp_path / "final-latch-ALE-Pong-v5-1", [5, 10], "15.00", updates=1000)
     assert (
         plotted_tables(tmp_path)
         .splitlines()[0]
@@ -532,7 +637,7 @@ def test_runs_that_differ_are_never_taken_for_one(tmp_path):
         ("student", "ALE/Pong-v5", "1"): 12,
         ("no-latch", "Breakout", "1"): 13,
         ("no-latch", "ALE/Pong-v5", "1"): 14,
-        ("final.latch", "ALE/Pong-v5", "1"): 15,
+        ("final-latch", "ALE/Pong-v5", "1"): 15,
     }
     assert table.human_normalised.notna().all()
 
@@ -741,12 +846,131 @@ def test_games_seeds_and_kinds_make_the_grid_and_share_a_buffer(tmp_path):
         for seed in (1, 2):
             common = f"--env-id {GAME} --teacher {TEACHER}"
             expected.append(f"{kind}-{GAME}-{seed} {common} {flags} --seed {seed} --save-model")
-    lines = (tmp_path / "runs.txt").read_text().splitlines()
+    (runs,) = tmp_path.glob("runs.*.txt")
+    lines = runs.read_text().splitlines()
     assert [line.rstrip() for line in lines] == expected
 
     assert end(benchmark(tmp_path, *options)) == (0, "")
     code, _ = end(benchmark(tmp_path, *options, "--gamma", 3))
     assert code == 2
+
+
+def test_two_at_the_same_grid_finish_it_together(tmp_path):
+    options = ["--program", FAKE, "--seeds", 1, 2, "--kinds", "student"]
+    together = [benchmark(tmp_path, *options) for _ in range(3)]
+    for process in together:
+        code, said = end(process)
+        assert code == 0
+        assert "FAILED" not in said
+    assert len(calls(tmp_path / f"buffer-{GAME}")) == 1
+    for seed in (1, 2):
+        assert len(calls(tmp_path / f"student-{GAME}-{seed}")) == 2
+    assert not list(tmp_path.glob("*.part"))
+
+
+def command_of(run: Path) -> list[str]:
+    return json.loads((run / "start").read_text())["command"]
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_of_all_values_only_the_path_of_a_teacher_is_changed(tmp_path, monkeypatch, together):
+    monkeypatch.chdir(tmp_path)
+    for name in ("1", "0.5", "teacher", GAME):  # values, and names of files
+        Path(name).touch()
+    teacher = ["--teacher", "teacher"]
+    found = ["--teacher", f"{tmp_path}/teacher"]
+    if together:
+        teacher = ["--teacher=teacher"]
+        found = [f"--teacher={tmp_path}/teacher"]
+
+    out = tmp_path / "it's é"
+    name = ["--exp-name", "its 'é'"]
+    options = ["--program", os.path.relpath(FAKE), "--seeds", 1, "--kinds", "kickstart", "--"]
+    options += ["--tau", 0.5, *teacher, *name]
+    code, _ = end(benchmark(out, *options, LC_ALL="C"))
+    assert code == 0
+    common = ["--env-id", GAME, "--tau", "0.5", *found, *name]
+    own = ["--offline-steps", "0", "--seed", "1", "--save-model"]
+    assert command_of(out / f"kickstart-{GAME}-1") == [FAKE.name, *common, *own]
+
+
+def test_the_buffers_run_has_no_flags_that_want_a_finished_student(tmp_path, monkeypatch):
+    flags = ["--save-model", "--upload-model", "--track", "--capture-video"]
+    options = ["--program", FAKE, "--seeds", 1, "--kinds", "student", "--", *flags]
+    code, _ = end(benchmark(tmp_path, *options))
+    assert code == 0
+
+    monkeypatch.setattr(sys, "argv", command_of(tmp_path / f"student-{GAME}-1"))
+    args = qdagger.parse_flags()
+    assert args.save_model
+    assert args.upload_model
+    assert args.track
+    assert args.capture_video
+
+    monkeypatch.setattr(sys, "argv", command_of(tmp_path / f"buffer-{GAME}"))
+    args = qdagger.parse_flags()
+    assert not args.save_model
+    assert not args.upload_model
+    assert not args.track
+    assert not args.capture_video
+    qdagger.validate(args)
+
+
+# Notes how it was called.
+SBATCH = """#!/bin/sh
+echo "$@" >>"$SUBMITTED"
+echo "77;cluster"
+"""
+
+
+def test_lists_that_were_submitted_are_never_changed(tmp_path):
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    (programs / "sbatch").write_text(SBATCH)
+    (programs / "sbatch").chmod(0o755)
+    submitted = tmp_path / "submitted"
+    variables = {
+        "PATH": f"{programs}:{os.environ['PATH']}",
+        "SUBMITTED": str(submitted),
+    }
+
+    def submit(*seeds) -> list[Path]:
+        options = ["--seeds", *seeds, "--kinds", "student", "--slurm", ROOT / "benchmark.slurm"]
+        code, said = end(benchmark(tmp_path / "out", *options, **variables))
+        assert code == 0
+        lists = re.findall(r"runs of (.*): job 77$", said, flags=re.MULTILINE)
+        return [Path(name) for name in lists]
+
+    first_buffers, first_runs = submit(1, 2)
+    text = first_runs.read_text()
+    assert len(text.splitlines()) == 2
+    second_buffers, second_runs = submit(2, 3, 4)
+    assert second_buffers == first_buffers
+    assert second_runs != first_runs
+    assert first_runs.read_text() == text
+    assert submit(1, 2) == [first_buffers, first_runs]
+
+    of_buffers, of_runs = submitted.read_text().splitlines()[2:4]
+    assert "--array=1-1 " in of_buffers
+    assert "--dependency" not in of_buffers
+    assert of_buffers.endswith(str(second_buffers))
+    assert "--array=1-3 " in of_runs
+    assert "--dependency=afterok:77" in of_runs
+    assert of_runs.endswith(str(second_runs))
+
+
+def test_the_scripts_need_no_newer_bash_than_that_of_macos():
+    newer = ["realpath", "readarray", "mapfile", "declare -A", "local -n", "wait -n", "|&", "&>>"]
+    for script in ("benchmark.sh", "benchmark.slurm"):
+        text = re.sub(r"(^| )#.*", "", (ROOT / script).read_text(), flags=re.MULTILINE)
+        for word in newer:
+            assert word not in text
+        assert re.search(r"\$\{\w+(\^|,|@)", text) is None  # upper and lower case, and others
+        for array in re.findall(r"(\w+)=\(\)", text):  # 3.2 expands none that is empty
+            expanded = f'"${{{array}[@]}}"'
+            guarded = f"${{{array}[@]+{expanded}}}"
+            assert guarded in text
+            assert expanded not in text.replace(guarded, "")
 
 
 @pytest.mark.parametrize(
@@ -888,10 +1112,10 @@ def test_slurm_runs_warns_requeues_and_finishes(slurm, template, tmp_path):
     options += ["--slurm", template, "--", "--slow"]
     code, said = end(benchmark(out, *options, **variables))
     assert code == 0
-    assert f"1 runs of {out}/buffers.txt: job" in said
-    assert f"2 runs of {out}/runs.txt: job" in said
+    counts = re.findall(r"(\d) runs of ", said)
+    assert counts == ["1", "2"]
 
-    job = said.split("runs.txt: job ")[1].strip()
+    job = said.split(": job ")[-1].strip()
     for task, directory in enumerate((student, offline), 1):
         pid_of(directory)
         run("scancel", "--signal=USR1", "--batch", f"{job}_{task}")  # as before its time is over

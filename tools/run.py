@@ -137,12 +137,18 @@ class Run:
         return SCORE.fullmatch(text) is not None
 
     def model(self) -> Path | None:
-        """The newest one. An --exp-name with a slash makes folders within runs."""
-        models = list(self.directory.glob("runs/**/*.cleanrl_model"))
-        return max(models, key=lambda path: path.stat().st_mtime, default=None)
+        """The last network, {exp_name}.cleanrl_model.
+
+        That of the best evaluation lies beside it, {exp_name}.best.cleanrl_model.
+        """
+        for path in self.directory.glob("runs/*/*.cleanrl_model"):
+            name_of_run = path.parent.name  # {env_id}__{exp_name}__{seed}__{time}
+            if f"__{path.stem}__" in name_of_run:
+                return path
+        return None
 
     def checkpoint(self) -> Path | None:
-        for path in sorted(self.directory.glob("runs/**/checkpoint*")):
+        for path in sorted(self.directory.glob("runs/*/checkpoint*")):
             if CHECKPOINT.fullmatch(path.name):
                 return path
         return None
@@ -208,7 +214,9 @@ class Run:
                 return True
             if self.trained() and self.model() is None:
                 write(self.score_file, "")
-            if not self.finished():  # while we waited, another may have done it
+            if self.is_another():  # it has begun since `check`
+                say(f"{self.name}: has been started with other flags")
+            elif not self.finished():  # while we waited, another may have done it
                 self.start_process(environment)
         except OSError as error:
             say(f"{self.name}: cannot start: {error}")
@@ -325,6 +333,39 @@ def check(runs: list[Run]) -> None:
             raise UserError(f"{run.directory} was started with other flags; {advice}")
 
 
+def cores(root: Path = Path("/")) -> int:
+    """How many this process may use: a cluster or a container may grant few of the machine's.
+
+    `root` is that of the file system.
+    """
+    granted = os.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):  # on Linux
+        granted = len(os.sched_getaffinity(0))
+
+    membership = root / "proc/self/cgroup"
+    groups = root / "sys/fs/cgroup"
+    lines = membership.read_text().splitlines() if membership.exists() else []
+    for line in lines:
+        _, controllers, path = line.split(":", maxsplit=2)
+        if controllers == "":  # version 2 of control groups
+            parent = groups
+            names = ["cpu.max"]
+        elif "cpu" in controllers.split(","):  # version 1
+            parent = groups / "cpu"
+            names = ["cpu.cfs_quota_us", "cpu.cfs_period_us"]
+        else:
+            continue
+
+        own = parent / path.lstrip("/")
+        for group in [own, *own.parents]:  # the limits of those around it hold too
+            files = [group / name for name in names]
+            if all(file.exists() for file in files):
+                quota, period = " ".join(file.read_text() for file in files).split()
+                if quota not in ("max", "-1"):
+                    granted = min(granted, int(quota) // int(period))
+    return max(1, granted)
+
+
 def visible_gpus() -> list[str]:
     if "CUDA_VISIBLE_DEVICES" in os.environ:
         return [gpu for gpu in os.environ["CUDA_VISIBLE_DEVICES"].split(",") if gpu]
@@ -345,18 +386,20 @@ def local_hub(home: Path, teacher: Path) -> dict[str, str]:
     snapshot = repository / "snapshots" / "local"
     references.mkdir(parents=True, exist_ok=True)
     snapshot.mkdir(parents=True, exist_ok=True)
-    (references / "main").write_text("local")
-    shutil.copy(teacher, snapshot / "dqn_atari.cleanrl_model")
+    write(references / "main", "local")
+    cached = snapshot / "dqn_atari.cleanrl_model"
+    part = cached.with_name(f"{cached.name}.{os.getpid()}.part")
+    shutil.copy(teacher, part)
+    part.replace(cached)  # whole, also for runs of another start that are reading it
     return {"HF_HOME": str(home.resolve()), "HF_HUB_OFFLINE": "1"}
 
 
 def train(runs: list[Run], workers: int | None, variables: dict, stops: list[int]) -> int:
     """Finish all runs, so many at a time; the exit code. `stops` grows by the signals that come."""
     gpus = visible_gpus()
-    cores = os.cpu_count() or 1
-    workers = workers or len(gpus) or max(1, cores // 2)
+    workers = workers or len(gpus) or max(1, cores() // 2)
     defaults = {
-        "OMP_NUM_THREADS": str(max(1, cores // workers)),
+        "OMP_NUM_THREADS": str(max(1, cores() // workers)),
         "TQDM_MININTERVAL": "30",  # seconds; nobody watches the progress bar in a log
         "TQDM_MAXINTERVAL": "30",
     }

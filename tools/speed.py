@@ -29,7 +29,7 @@ from pathlib import Path
 
 import torch
 import tyro
-from run import PROGRAM, local_hub
+from run import PROGRAM, cores, local_hub
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 PHASES = {"teacher buffer": "steps/s", "offline": "updates/s", "online": "steps/s"}
@@ -190,7 +190,7 @@ def machine() -> dict[str, str | None]:
         if names:
             cpu = names[0]
 
-    facts = {"cpu": f"{os.cpu_count()} cores of {cpu}", "gpu": None}
+    facts = {"cpu": f"{cores()} cores of {cpu}", "gpu": None}
     if torch.cuda.is_available():
         facts["gpu"] = torch.cuda.get_device_name()
     facts["python"] = platform.python_version()
