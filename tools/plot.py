@@ -83,11 +83,13 @@ class Reference(NamedTuple):
     human: float  # of a professional tester of games
 
 
-# All from one table, of the 57 games that most papers report: DQN Zoo, dqn_zoo/atari_data.py at
-# 359945d, github.com/google-deepmind/dqn_zoo. Games begin with 1 to 30 no-ops and end after 30
-# minutes. The table of Agent57 (Badia et al., 2020, arXiv 2003.13350) has the same numbers, but for
-# random play of VideoPinball, 0 there. Mnih et al., 2015, had another tester (Pong 9.3, BeamRider
-# 5,775) and 49 games.
+# Both columns, of all 57 games that most papers report, are from one table, that of DQN Zoo:
+# dqn_zoo/atari_data.py at 359945d, github.com/google-deepmind/dqn_zoo. Its games begin with 1 to 30
+# no-ops and end after 30 minutes. Scores for random play are those that QDagger's authors use as
+# well, but for VideoPinball, where they have 0: reincarnating_rl/atari_scores.py,
+# github.com/google-research/reincarnating_rl. Other papers measured another human otherwise: in
+# Mnih et al., 2015, with 49 games, Pong 9.3 and BeamRider 5,775. Shares of the human's score can
+# only be compared with those that were made with this table.
 REFERENCES = {
     "Alien": Reference(227.8, 7127.7),
     "Amidar": Reference(5.8, 1719.5),
