@@ -35,23 +35,31 @@ import importlib.util
 import json
 import math
 import os
+import pickle
 import re
+import shlex
 import signal
 import sys
+import threading
 import time
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Literal, NamedTuple
 
-# Idle threads of torch stop spinning soon, so that the games get the cores. To be set before torch
-# is imported.
+# Both are read when torch and tqdm are imported. Idle threads of torch stop spinning soon, so that
+# the games get the cores; and a log gets its line of progress every half minute.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+if not os.isatty(2):
+    os.environ.setdefault("TQDM_MININTERVAL", "30")
+    os.environ.setdefault("TQDM_MAXINTERVAL", "30")
 
 import ale_py
 import cv2
@@ -68,12 +76,19 @@ from huggingface_hub import (
     ModelCardData,
     errors,
     get_hf_file_metadata,
+    get_token,
     hf_hub_download,
     hf_hub_url,
 )
+from huggingface_hub.utils import validate_repo_id
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)
 
@@ -147,7 +162,7 @@ class Args:
     compile: bool = False  # let torch.compile fuse the networks; takes minutes, and a C++ compiler
 
     # checkpoints and evaluation
-    checkpoint_frequency: int | None = None  # steps between checkpoints; 0: none; unset: 10 minutes
+    checkpoint_frequency: int | None = None  # in steps; 0: only at evaluations; unset: 10 minutes
     resume: str | None = None  # go on with this run, runs/RUN, from its last checkpoint
     eval_frequency: int = 500_000  # online steps between evaluations; 0: at the end only
     eval_episodes: int = 10  # games per evaluation
@@ -170,9 +185,26 @@ POSITIVE = {
 }
 SHARES = {"gamma", "tau", "start_e", "end_e", "exploration_fraction", "repeat_action_probability"}
 
+# Flags that play no part without a teacher.
+OF_THE_TEACHER = {
+    "teacher_steps",
+    "offline_steps",
+    "temperature",
+    "distill_coef",
+    "distill_steps",
+    "distill_latch",
+    "return_baseline",
+    "final_learning_rate",
+    "teacher_policy_hf_repo",
+    "teacher_model_exp_name",
+    "teacher_eval_episodes",
+    "teacher_buffer",
+}
+
 # Flags that may be changed when a run is resumed. A larger total_timesteps stretches exploration.
 MAY_CHANGE = {
     "resume",
+    "cuda",
     "total_timesteps",
     "checkpoint_frequency",
     "eval_frequency",
@@ -211,9 +243,13 @@ def user_error(problem: str) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
-        message = str(error).strip() or type(error).__name__
-        first_sentence = re.split(r"\n|\. ", message)[0]
-        raise UserError(f"{problem} ({first_sentence[:200]})") from None
+        raise UserError(f"{problem} ({reason(error)})") from None
+
+
+def reason(error: BaseException) -> str:
+    """What an error says, in a line."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 300 else text[:300] + "…"
 
 
 # --- The method ---
@@ -249,7 +285,7 @@ def qdagger_loss(
         td_loss = F.mse_loss(q_taken, td_target)
     student_log_probs = F.log_softmax(q_values / temperature, dim=1)
     teacher_log_probs = F.log_softmax(batch.teacher_q_values.detach() / temperature, dim=1)
-    # PyTorch's order: F.kl_div(p, q) is KL(q || p).
+    # PyTorch's order: F.kl_div(student, teacher) is KL(teacher || student).
     distill_loss = F.kl_div(
         student_log_probs, teacher_log_probs, log_target=True, reduction="batchmean"
     )
@@ -400,20 +436,31 @@ NETWORKS = {"impala": ImpalaCNN, "nature": NatureCNN}
 # --- Replay and games ---
 
 
+def fewest_steps(n_step: int, num_envs: int) -> int:
+    """Environment steps that a replay must hold before it is drawn from.
+
+    Of each game n steps ahead of the one drawn, and four to choose from, of which the first two are
+    forced, see AtariGames.
+    """
+    return (n_step + 4) * num_envs
+
+
 class FrameReplay:
     """Uniform replay of single frames: stacks of four are rebuilt when it is sampled.
 
     So a million steps take 7 GB instead of 28, fit on the device that learns, and are drawn from
     there inside one CUDA graph; the price is a few operations on indices per draw.
 
-    Step t of environment i, number t * num_envs + i, holds its observation's newest frame and what
-    was done there; the next observation is that of step t + 1. A stack never reaches into an older
-    episode but repeats its own first frame.
+    Step t of environment i has the id t * num_envs + i. It holds its observation's newest frame and
+    what was done there; the next observation is that of step t + 1. A stack never reaches into an
+    older episode but repeats its own first frame.
 
-    An `excluded` step is never drawn. Those are the steps that a time limit cut off and the last
-    before a resume, of which the next observation is not stored, and the steps that AtariGames
-    forced, which the agent did not choose. A return that meets such a step stops before it and
-    bootstraps from the observation there.
+    An `excluded` step is never drawn. A return that meets one stops before it and bootstraps from
+    the observation there. Excluded are:
+    - a step that a time limit cut off, and a game's last step before a resume, since the next
+      observation is not stored;
+    - the steps that AtariGames forced at the start of a game or a life, which the agent did not
+      choose. Each is an episode of its own.
     """
 
     def __init__(self, capacity: int, num_envs: int, num_actions: int, device="cpu"):
@@ -428,7 +475,7 @@ class FrameReplay:
             self.actions = torch.zeros(size, dtype=torch.int64)
             self.rewards = torch.zeros(size)
             self.terminations = torch.zeros(size, dtype=torch.bool)
-            self.excluded = torch.ones(size, dtype=torch.bool)
+            self.excluded = torch.ones(size, dtype=torch.bool)  # until they are written
             self.teacher_q_values = torch.zeros((size, num_actions))
             # Steps of each environment so far; a tensor, since a CUDA graph would freeze a number.
             self.written = torch.zeros((), dtype=torch.int64)
@@ -453,13 +500,14 @@ class FrameReplay:
         self, batch_size: int, n_step: int, gamma: float, generator: torch.Generator
     ) -> Batch:
         """Transitions of steps that are drawn uniformly, with replacement."""
-        numbers = self.draw(batch_size, n_step, generator)
-        return self.transitions(numbers, n_step, gamma)
+        step_ids = self.draw(batch_size, n_step, generator)
+        return self.transitions(step_ids, n_step, gamma)
 
     def draw(self, batch_size: int, n_step: int, generator: torch.Generator) -> Tensor:
-        """Numbers of steps that are not excluded, int64 (batch_size,)."""
-        # From the oldest step whose three earlier frames are not overwritten yet, up to the first
-        # whose observation n steps on is not stored yet.
+        """Ids of steps that are not excluded, int64 (batch_size,); the newest has the highest."""
+        # From the oldest step whose three earlier frames are not overwritten yet, up to, but
+        # without, the first whose observation n steps on is not stored yet. `written` counts the
+        # steps of one environment.
         begin = ((self.written + STACK - 1) * self.num_envs - self.size).clamp(min=0)
         end = (self.written - n_step) * self.num_envs
         # A CUDA graph needs fixed shapes: draw too many, and sort those that are excluded to the
@@ -469,42 +517,44 @@ class FrameReplay:
         candidates = begin + (uniform * (end - begin)).long()
         excluded = self.excluded[candidates % self.size].long()
         candidates = candidates[excluded.argsort(stable=True)]
-        # If fewer than a batch are left, they are repeated. Never are all 128 excluded, since at
-        # most three steps of a life are forced; the limit of 1 only avoids a division by 0.
+        # If fewer than a batch are left, they are repeated. That all are excluded does not happen,
+        # since at most three steps of a life are; the limit of 1 only avoids a division by 0.
         num_valid = (count - excluded.sum()).clamp(min=1)
         picked = torch.arange(batch_size, device=self.device) % num_valid
         return candidates[picked]
 
-    def transitions(self, numbers: Tensor, n_step: int, gamma: float) -> Batch:
-        """What begins at these steps, int64 (batch,)."""
+    def transitions(self, step_ids: Tensor, n_step: int, gamma: float) -> Batch:
+        """The transitions of up to n steps that begin at `step_ids`, int64 (batch,)."""
         ahead = torch.arange(n_step, device=self.device)
-        window = (numbers[:, None] + ahead * self.num_envs) % self.size  # (batch, n_step)
-        terminated = self.terminations[window].long()
-        excluded = self.excluded[window].long()
+        window = (step_ids[:, None] + ahead * self.num_envs) % self.size  # (batch, n_step)
+        terminated = self.terminations[window]
+        excluded = self.excluded[window]
         # Rewards count up to and including a termination, and up to, but without, an excluded step.
-        terminated_earlier = terminated.cumsum(1) - terminated
-        counted = (terminated_earlier + excluded.cumsum(1)) == 0
-        bootstraps = ~(terminated * counted).any(1)
-        num_rewards = counted.sum(1)
+        terminations_before = terminated.cumsum(1) - terminated.long()
+        exclusions_so_far = excluded.cumsum(1)
+        counted = (terminations_before + exclusions_so_far) == 0
+        bootstraps = ~(terminated & counted).any(1)
+        num_rewards = counted.sum(1)  # at least 1, since the first step is not excluded
         here = window[:, 0]
         return Batch(
-            obs=self.stacks(numbers),
+            obs=self.stacks(step_ids),
             actions=self.actions[here],
             returns=(self.rewards[window] * counted * gamma**ahead).sum(1),
             discounts=gamma**num_rewards * bootstraps,
-            next_obs=self.stacks(numbers + num_rewards * self.num_envs),
+            next_obs=self.stacks(step_ids + num_rewards * self.num_envs),
             teacher_q_values=self.teacher_q_values[here],
         )
 
-    def stacks(self, numbers: Tensor) -> Tensor:
-        """Observations uint8 (batch, 4, 84, 84) at these steps, int64 (batch,)."""
+    def stacks(self, step_ids: Tensor) -> Tensor:
+        """Observations uint8 (batch, 4, 84, 84) at `step_ids`, int64 (batch,)."""
         back = torch.arange(STACK, device=self.device)
         # The three steps before, the nearest first. What was never written counts as excluded.
-        before = (numbers[:, None] - back[1:] * self.num_envs) % self.size
+        before = (step_ids[:, None] - back[1:] * self.num_envs) % self.size
         episode_ends = self.terminations[before] | self.excluded[before]
         age = (episode_ends.cumsum(1) == 0).sum(1)  # how many of them are of the same episode
+        # The oldest frame first: 3, 2, 1, 0 steps back, but not past the episode's first step.
         steps_back = back.flip(0).minimum(age[:, None])
-        slots = (numbers[:, None] - steps_back * self.num_envs) % self.size
+        slots = (step_ids[:, None] - steps_back * self.num_envs) % self.size
         return self.frames.index_select(0, slots.flatten()).view(-1, STACK, SIDE, SIDE)
 
 
@@ -567,7 +617,7 @@ class AtariGames:
         )
         self.num_actions = int(self.emulators.single_action_space.n)
 
-        # forced_actions[k] is forced while k are left, so from right to left; [0] never is.
+        # forced_actions[k] is forced while k are left: NOOP, then FIRE, then RIGHT. [0] never is.
         launches = self.emulators.ale.get_action_set()[1] == ale_py.Action.FIRE
         if launches:
             self.forced_actions = np.array([NOOP, RIGHT, FIRE, NOOP])
@@ -658,17 +708,17 @@ def evaluate(
     games = AtariGames(args, seeds)
     generator = torch.Generator(device).manual_seed(int(seeds[0]))
     rounds = math.ceil(episodes / num_envs)
-    scores = np.full((rounds, num_envs), np.nan)  # first the first game of each
+    scores = np.full((rounds, num_envs), np.nan)  # row k: the k-th game of each environment
     played = np.zeros(num_envs, dtype=int)
 
-    film = nullcontext() if video is None else open_film(video, games.images)
+    film = Film(video)
     bar = tqdm(total=episodes, desc="evaluation", unit="game", leave=False)
-    with film, bar:
+    with closing(film), bar:
         while played.sum() < episodes:
             if stop:
                 raise Stopped(stop[0], "stopped")
             if video is not None and played[0] == 0:
-                film.write_frame(games.images[0, 0])
+                film.add(games.images[0, 0])
             obs = torch.as_tensor(games.obs, device=device)
             actions, _ = act(network, generator, obs, epsilon)
             games.step_async(actions.cpu().numpy())
@@ -705,7 +755,7 @@ class Learner(nn.Module):  # for a state_dict of both networks
                     network(obs)
 
         # Tensors, since a CUDA graph would freeze numbers.
-        self.distill_weight = torch.tensor(0.0, device=device)
+        self.distill_weight = torch.tensor(0.0, device=device)  # stays 0 without a teacher
         learning_rate = torch.tensor(args.learning_rate, device=device)
         self.optimizer = torch.optim.Adam(
             self.q_network.parameters(),
@@ -776,7 +826,9 @@ class Progress:
     distilling: bool = False  # True while there is a teacher; once it is let go of, False for good
     recent_returns: list[float] = field(default_factory=list)  # of ten whole games, for lambda
     scores: list[float] = field(default_factory=list)  # of the last evaluation's games
-    evaluated: bool = False  # whether that was at this very step
+    evaluated: bool = False  # whether an evaluation was done at this very step
+    best_return: float | None = None  # highest mean of an evaluation, with --save-model
+    best_step: int = 0  # its global_step
     saved_step: int = 0  # this phase's step at its last checkpoint
 
     def advance(self, steps: int):
@@ -797,13 +849,14 @@ def fill_teacher_buffer(run: "Run", learner: Learner, replay: FrameReplay) -> No
     args = run.args
     progress = run.progress
     file = None if args.teacher_buffer is None else Path(args.teacher_buffer)
-    if file is not None and file.exists():
+    if file is not None and file.exists():  # whole, whatever a resume has restored of it
         load_teacher_buffer(file, run.made_with(), replay)
         return
 
-    num_envs = replay.num_envs  # more than the student's, see TEACHER_ENVS_PER_ENV
+    num_envs = replay.num_envs  # eight times the student's: the teacher does not learn
     generator = run.teacher_generator
     games = AtariGames(args, seeds_for("teacher buffer", args.seed, num_envs, progress.step))
+    # A function of obs and epsilon, as one CUDA graph on a GPU.
     policy = graphed(partial(act, run.teacher, generator), generator, args.capture)
 
     bar = tqdm(total=args.teacher_steps, initial=progress.step, desc="teacher buffer", unit="step")
@@ -839,7 +892,7 @@ def learn_offline(run: "Run", learner: Learner, replay: FrameReplay) -> None:
     bar = tqdm(total=args.offline_steps, initial=progress.step, desc="offline", unit="update")
     while progress.step < args.offline_steps:
         if progress.step % OFFLINE_EVAL_FREQUENCY == 0:
-            run.evaluate(learner, "charts/offline/avg_episodic_return")
+            run.evaluate_once(learner, "charts/offline/avg_episodic_return")
         run.checkpoint_if_due(learner, replay)
 
         gradient_step()
@@ -859,10 +912,11 @@ def learn_offline(run: "Run", learner: Learner, replay: FrameReplay) -> None:
             bar.postfix = f"return={np.mean(progress.scores):.1f}, λ=1.00"
     bar.close()
 
-    run.evaluate(learner, "charts/offline/avg_episodic_return")
+    run.evaluate_once(learner, "charts/offline/avg_episodic_return")
     run.checkpoint_if_due(learner, replay)
     learner.update_target(tau=1.0)  # phase 3 begins with two equal networks
-    # The games just played give the first lambda of phase 3.
+    # The games just played give the first lambda of phase 3. A run that is resumed at the
+    # checkpoint above comes through here again.
     progress.recent_returns = progress.scores[:GAMES_FOR_LAMBDA]
 
 
@@ -885,8 +939,7 @@ def learn_online(run: "Run", learner: Learner, replay: FrameReplay) -> None:
     args = run.args
     progress = run.progress
     exploration_steps = args.exploration_fraction * args.total_timesteps
-    # The first draw needs n steps ahead of it, and more steps than the two that launch a game.
-    learning_starts = max(args.learning_starts, (args.n_step + STACK) * args.num_envs)
+    learning_starts = max(args.learning_starts, fewest_steps(args.n_step, args.num_envs))
     learning_rate = args.learning_rate  # stays so without a teacher, where lambda means nothing
     learner.metrics = {}  # else those of the last offline step would be logged as online
 
@@ -900,10 +953,10 @@ def learn_online(run: "Run", learner: Learner, replay: FrameReplay) -> None:
     while progress.step < args.total_timesteps:
         begin = progress.step
         end = begin + args.num_envs
-        # Whether it was due within the stride that ends here. At step 0 phase 2 has just done it,
-        # if there was one.
+        # An evaluation is due if the last stride passed a multiple of its frequency. At step 0
+        # phase 2 has just done it.
         if begin > 0 and due(begin - args.num_envs, begin, args.eval_frequency):
-            run.evaluate(learner, "eval/episodic_return")
+            run.evaluate_once(learner, "eval/episodic_return")
         run.checkpoint_if_due(learner, replay)
         start = time.perf_counter()
 
@@ -911,7 +964,8 @@ def learn_online(run: "Run", learner: Learner, replay: FrameReplay) -> None:
         lambda_ = fade_teacher(args, progress)
         if run.teacher is not None:
             learning_rate = learner.set_lambda(lambda_)
-        # As in CleanRL's file, offline steps count: by default epsilon is at 0.5 here already.
+        # global_step counts offline steps, too, as in CleanRL's file: by default epsilon begins
+        # this phase at 0.5.
         epsilon = linear_schedule(args.start_e, args.end_e, exploration_steps, progress.global_step)
 
         # ACT: the games play on while the student learns.
@@ -919,11 +973,11 @@ def learn_online(run: "Run", learner: Learner, replay: FrameReplay) -> None:
         actions, _ = policy(obs, epsilon)
         games.step_async(actions.cpu().numpy())
 
-        # LEARN from what is stored so far: this step is not yet.
-        for number in range(begin + 1, end + 1):
-            if number > learning_starts and number % args.train_frequency == 0:
+        # LEARN from what is stored; the step just begun is not yet.
+        for online_step in range(begin + 1, end + 1):
+            if online_step > learning_starts and online_step % args.train_frequency == 0:
                 gradient_step()
-            if number % args.target_network_frequency == 0:
+            if online_step % args.target_network_frequency == 0:
                 learner.update_target(args.tau)
 
         # STORE
@@ -941,7 +995,7 @@ def learn_online(run: "Run", learner: Learner, replay: FrameReplay) -> None:
         progress.recent_returns = progress.recent_returns[-GAMES_FOR_LAMBDA:]
         if due(begin, end, LOG_FREQUENCY):
             metrics = learner.read_metrics()
-            if not progress.distilling:  # the teacher's stored Q-values are stale, or missing
+            if not progress.distilling:  # the teacher's Q-values are no longer stored
                 metrics.pop("distill_loss", None)
             scalars = {f"losses/{name}": value for name, value in metrics.items()}
             scalars["charts/epsilon"] = epsilon
@@ -954,7 +1008,7 @@ def learn_online(run: "Run", learner: Learner, replay: FrameReplay) -> None:
     bar.close()
 
     if progress.step > 0:  # else the evaluation of phase 2 stands
-        run.evaluate(learner, "eval/episodic_return")
+        run.evaluate_once(learner, "eval/episodic_return")
     run.checkpoint_if_due(learner, replay)
 
 
@@ -967,24 +1021,36 @@ def train(args: Args, stop: Sequence[int] = ()) -> Path:
     torch.set_float32_matmul_precision("high")  # TF32 on a GPU
     torch.backends.cudnn.deterministic = args.torch_deterministic
 
-    saved = None if args.resume is None else load_checkpoint(Path(args.resume))
-    validate(args)
-    if saved is not None:
-        check_unchanged(args, saved["args"])
+    saved = None
+    phase = None
+    if args.resume is not None:
+        saved = load_checkpoint(Path(args.resume))
+        with user_error(f"--resume {args.resume}: its checkpoint does not fit"):
+            phase = saved["progress"]["phase"]
+            check_unchanged(args, saved["args"])
+    validate(args, phase)
+    name_idle_flags(args)
     if args.upload_model:
         check_upload(args)
-    run = Run(args, stop)
+    run = Run(args, stop, saved)
     learner = Learner(args, run.num_actions, run.device)
-    run.make_replay()  # the student's, freed at once: a GPU without room should say so now
+    run.make_replay("online")  # and freed at once: a GPU without room for it should say so now
     torch.cuda.empty_cache()  # else small tensors that stay would settle in its place
 
-    # Phase 0: the teacher is found and measured. A run that is resumed has that behind it.
+    if args.track:
+        run.track()
+
+    # Phase 0: the teacher is found and measured. A checkpoint holds it.
     if saved is not None:
         run.restore(saved, learner)
     elif args.teacher != "none":
         run.meet_teacher()
-    run.open()
-    replay = run.make_replay(saved)
+        if args.offline_steps > 0:
+            run.progress.begin("teacher buffer")
+    run.open_log()
+    if saved is not None:
+        run.save_models(learner)  # if it was stopped between a checkpoint and its models
+    replay = run.make_replay(run.progress.phase, saved)
 
     if run.progress.phase == "teacher buffer":
         fill_teacher_buffer(run, learner, replay)
@@ -993,7 +1059,7 @@ def train(args: Args, stop: Sequence[int] = ()) -> Path:
         learn_offline(run, learner, replay)
         run.progress.begin("online")
         del replay  # there is never room for two
-        replay = run.make_replay()
+        replay = run.make_replay("online")
     learn_online(run, learner, replay)
     run.finish()
     return run.directory
@@ -1009,12 +1075,16 @@ class Run:
     """A run's state but for learner and replay; its event files and checkpoints, in runs/RUN.
 
     The newest checkpoint is checkpoint.pt; the one before it stays as checkpoint.previous.pt.
+    `saved` is the one that the run is resumed from.
     """
 
-    def __init__(self, args, stop):
+    def __init__(self, args, stop, saved=None):
         self.args = args
         self.stop = stop
         self.progress = Progress()
+        game = args.env_id.replace("/", "-")
+        name = f"{game}__{args.exp_name}__{args.seed}__{time.time_ns() // 10**6}"
+        self.directory = Path("runs", name) if args.resume is None else Path(args.resume)
         self.teacher: AtariNetwork | None = None
         self.num_actions = AtariGames(args, seeds_for("online", args.seed, 1)).num_actions
         self.facts = {
@@ -1023,7 +1093,15 @@ class Run:
             "threads": str(torch.get_num_threads()),  # sums, and so weights, depend on it
         }
         self.device = torch.device("cpu")
-        if args.cuda and torch.cuda.is_available():
+        begun_on = None if saved is None else saved.get("facts", {}).get("device")
+        has_gpu = args.cuda and torch.cuda.is_available()
+        # Random numbers of a CPU cannot be gone on with on a GPU, nor the other way round.
+        if begun_on not in (None, "cpu") and not has_gpu:
+            rule = f"the run was begun on a GPU, {begun_on}, and needs one: on another machine, or"
+            refuse(args, "resume", f"{rule} without --no-cuda")
+        if has_gpu and begun_on == "cpu":
+            print(f"--resume {args.resume}: begun on a CPU, where it goes on")
+        elif has_gpu:
             self.device = torch.device("cuda")
             self.facts["device"] = torch.cuda.get_device_name()
         elif args.cuda:
@@ -1031,6 +1109,7 @@ class Run:
         # Its own, so that the student is the same if --teacher-buffer makes this phase needless.
         seed = seeds_for("teacher buffer", args.seed, 1)[0]
         self.teacher_generator = torch.Generator(self.device).manual_seed(int(seed))
+        self.tracker = None  # the run at Weights & Biases
         self.checkpoint_due = False
         self.next_checkpoint = time.monotonic() + CHECKPOINT_SECONDS
 
@@ -1038,12 +1117,12 @@ class Run:
         """Find, load and measure the teacher."""
         args = self.args
         progress = self.progress
-        path, reason = find_teacher(args)
+        path, origin = find_teacher(args)
         teacher = load_network(path, self.num_actions, "--teacher", args.temperature)
         self.teacher = teacher.to(self.device)
-        self.facts["teacher_file"] = f"{path}, {reason}"
+        self.facts["teacher_file"] = f"{path}, {origin}"
         self.facts["teacher_sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
-        print(f"teacher: {path}, {reason}")
+        print(f"teacher: {path}, {origin}")
 
         games = args.teacher_eval_episodes
         play = partial(evaluate, self.teacher, args, games, self.device, self.stop)
@@ -1055,51 +1134,70 @@ class Run:
         means += f", baseline {progress.baseline_return:.2f}"
         print(means)
         if progress.teacher_return <= progress.baseline_return:
-            advice = "take another, or --return-baseline random"
+            advice = "take another"
+            if args.return_baseline != "random":
+                advice += ", or --return-baseline random"
             raise UserError(f"--teacher {args.teacher}: {means}: {advice}")
         progress.distilling = True
-        if args.offline_steps > 0:
-            progress.phase = "teacher buffer"
 
-    def open(self):
-        """Make the directory, or go on in that of --resume, and begin to log."""
-        args = self.args
-        if args.resume is None:
-            game = args.env_id.replace("/", "-")
-            name = f"{game}__{args.exp_name}__{args.seed}__{time.time_ns() // 10**6}"
-            self.directory = Path("runs", name)
-            self.directory.mkdir(parents=True)
-        else:
-            self.directory = Path(args.resume)
-        # What was logged after the checkpoint is logged again; if that is of phase 1, everything.
-        starts_anew = args.resume is None or self.progress.phase == "teacher buffer"
-        first_step = 0 if starts_anew else self.progress.global_step + 1
-
-        settings = asdict(args) | self.facts
-        if args.track:
+    def track(self):
+        """Log to Weights & Biases as well, from the event file; before anything else is done."""
+        with user_error("--track"):
             import wandb
 
-            wandb.init(
-                project=args.wandb_project_name,
-                entity=args.wandb_entity,
+            self.tracker = wandb.init(
+                project=self.args.wandb_project_name,
+                entity=self.args.wandb_entity,
                 id=self.directory.name,
                 name=self.directory.name,
                 resume="allow",
-                config=settings,
+                config=asdict(self.args),
                 sync_tensorboard=True,
             )
-        self.writer = SummaryWriter(str(self.directory), purge_step=first_step, flush_secs=10)
+
+    def open_log(self):
+        """Make the directory, or go on in that of --resume, and begin to log."""
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self.lock()
+        # What was logged after the checkpoint is logged again; if that is of phase 1, everything.
+        starts_anew = self.args.resume is None or self.progress.phase == "teacher buffer"
+        first_step = 0 if starts_anew else self.progress.global_step + 1
+
+        if self.tracker is not None:
+            self.tracker.config.update(self.facts, allow_val_change=True)
+        settings = asdict(self.args) | self.facts
         rows = "\n".join(f"|{name}|{value}|" for name, value in settings.items())
-        self.writer.add_text("hyperparameters", f"|name|value|\n|-|-|\n{rows}", first_step)
+        with self.writing():
+            self.writer = SummaryWriter(str(self.directory), purge_step=first_step, flush_secs=10)
+            self.writer.add_text("hyperparameters", f"|name|value|\n|-|-|\n{rows}", first_step)
         if self.teacher is not None and starts_anew:
             self.log({"charts/teacher/avg_episodic_return": self.progress.teacher_return})
 
-    def log(self, scalars):
-        for tag, value in scalars.items():
-            self.writer.add_scalar(tag, value, self.progress.global_step)
+    def lock(self):
+        """Keep other processes out of the directory, where the file system can; until the end."""
+        self.lock_file = (self.directory / "lock").open("w")
+        if fcntl is None:
+            return
+        try:
+            fcntl.lockf(self.lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            raise UserError(f"{self.directory}: another process is at work there") from None
+        except OSError as error:
+            print(f"{self.directory}: no lock, so let no other process resume it ({reason(error)})")
 
-    def evaluate(self, learner, tag):
-        """Let the student play, unless that was done at this step before a resume."""
+    def writing(self):
+        return user_error(f"cannot write {self.directory}; once it can be written, --resume")
+
+    def log(self, scalars):
+        with self.writing():
+            for tag, value in scalars.items():
+                self.writer.add_scalar(tag, value, self.progress.global_step)
+
+    def evaluate_once(self, learner, tag):
+        """Let the student play, unless that was done at this step before a resume.
+
+        `checkpoint_if_due` has to follow: it saves the scores, and stops if a signal has come.
+        """
         args = self.args
         progress = self.progress
         if progress.evaluated:
@@ -1107,13 +1205,17 @@ class Run:
         video = None
         if args.capture_video:
             video = self.directory / "videos" / f"{progress.global_step}.mp4"
-        with suppress(Stopped):  # checkpoint_if_due follows, saves the run and raises it again
+        with suppress(Stopped):
             progress.scores = evaluate(
                 learner.q_network, args, args.eval_episodes, self.device, self.stop, video=video
             )
             progress.evaluated = True
             self.checkpoint_due = True
-            self.log({tag: np.mean(progress.scores)})
+            mean = float(np.mean(progress.scores))
+            self.log({tag: mean})
+            if args.save_model and (progress.best_return is None or mean > progress.best_return):
+                progress.best_return = mean
+                progress.best_step = progress.global_step
 
     def checkpoint_if_due(self, learner, replay):
         """After evaluations, as often as --checkpoint-frequency says, and if stopped: Stopped."""
@@ -1125,16 +1227,13 @@ class Run:
         if periodic or self.checkpoint_due or self.stop:
             self.checkpoint(learner, replay)
         if self.stop:
-            command = f"python {sys.argv[0]} --resume {self.directory}"
+            command = shlex.join(["python", sys.argv[0], "--resume", str(self.directory)])
             raise Stopped(self.stop[0], f"stopped; go on with: {command}")
 
     def checkpoint(self, learner, replay):
         learner.read_metrics()  # nothing is kept that has diverged
-        if self.args.save_model:
-            weights = learner.q_network.state_dict()
-            weights = {name: tensor.cpu() for name, tensor in weights.items()}
-            write(weights, self.directory / f"{self.args.exp_name}.cleanrl_model")
-        self.writer.flush()
+        with self.writing():
+            self.writer.flush()
         self.progress.saved_step = self.progress.step
         content = {
             "args": asdict(self.args),
@@ -1151,6 +1250,20 @@ class Run:
         write(content, path, before=self.directory / "checkpoint.previous.pt")
         self.checkpoint_due = False
         self.next_checkpoint = time.monotonic() + CHECKPOINT_SECONDS
+        self.save_models(learner)
+
+    def save_models(self, learner):
+        """With --save-model: the network as it is, also as the best if its evaluation was."""
+        if not self.args.save_model:
+            return
+        progress = self.progress
+        names = [self.args.exp_name]
+        if progress.evaluated and progress.best_step == progress.global_step:
+            names.append(f"{self.args.exp_name}.best")
+        weights = learner.q_network.state_dict()
+        weights = {name: tensor.cpu() for name, tensor in weights.items()}
+        for name in names:
+            write(weights, self.directory / f"{name}.cleanrl_model")
 
     def restore(self, saved, learner):
         """Go on from a checkpoint; its replay is restored by `make_replay`."""
@@ -1165,11 +1278,11 @@ class Run:
             learner.optimizer.load_state_dict(optimizer)
             learner.generator.set_state(saved["generator"])
 
-    def make_replay(self, saved=None) -> FrameReplay:
-        """A replay for this phase, the teacher's buffer or the student's; restored from `saved`."""
+    def make_replay(self, phase, saved=None) -> FrameReplay:
+        """The student's replay, or the teacher's buffer before phase 3; restored from `saved`."""
         capacity = self.args.buffer_size
         num_envs = self.args.num_envs
-        if self.progress.phase != "online":
+        if phase != "online":
             capacity = self.args.teacher_steps
             num_envs *= TEACHER_ENVS_PER_ENV
         replay = FrameReplay(capacity, num_envs, self.num_actions, self.device)
@@ -1186,10 +1299,14 @@ class Run:
         return settings | {"teacher": self.facts["teacher_sha256"]}
 
     def finish(self):
-        self.writer.close()
-        scores = self.progress.scores
-        score = f"{np.mean(scores):.2f} ± {np.std(scores):.2f}"
-        print(f"{self.directory}: {score} over {len(scores)} games")
+        with self.writing():
+            self.writer.close()
+        progress = self.progress
+        score = f"{np.mean(progress.scores):.2f} ± {np.std(progress.scores):.2f}"
+        result = f"{self.directory}: {score} over {len(progress.scores)} games"
+        if progress.best_return is not None:
+            result += f"; best evaluation: {progress.best_return:.2f} at step {progress.best_step}"
+        print(result)
         if self.args.upload_model:
             upload(self.args, self.directory, score)
 
@@ -1235,14 +1352,51 @@ def unpack(state, replay):
     replay.excluded[newest % replay.size] = True
 
 
-def open_film(path, images):
-    """A film of RGB images like these, 15 a second (extra `video`)."""
+def open_film(path, image):
+    """A writer of RGB images like this one, 15 a second (extra `video`)."""
     from moviepy.video.io.ffmpeg_writer import FFMPEG_VideoWriter
 
-    height, width = images.shape[2:4]
+    height, width = image.shape[:2]
     path.parent.mkdir(parents=True, exist_ok=True)
-    with user_error("--capture-video"):
-        return FFMPEG_VideoWriter(str(path), (width, height), fps=15)
+    return FFMPEG_VideoWriter(str(path), (width, height), fps=15)
+
+
+class Film:
+    """A film, begun with its first image. What fails here is said, and costs the film alone."""
+
+    def __init__(self, path):
+        self.path = path
+        self.writer = None
+        self.failed = False
+
+    def add(self, image):
+        """Append an RGB image, uint8 (height, width, 3)."""
+        if self.failed:
+            return
+        try:
+            if self.writer is None:
+                self.writer = open_film(self.path, image)
+            self.writer.write_frame(image)
+        except Exception as error:
+            self.failed = True
+            tqdm.write(f"--capture-video: {self.path} is cut short: {reason(error)}", sys.stderr)
+
+    def close(self):
+        with suppress(Exception):
+            if self.writer is not None:
+                self.writer.close()
+
+
+def try_to_film():
+    """UserError if no film can be made here."""
+    with TemporaryDirectory() as directory, user_error("--capture-video: no film can be made here"):
+        path = Path(directory, "trial.mp4")
+        image = np.zeros((SIDE, SIDE, 3), dtype=np.uint8)
+        film = open_film(path, image)
+        film.write_frame(image)
+        film.close()
+        if not path.exists() or path.stat().st_size == 0:
+            raise OSError("ffmpeg wrote nothing")
 
 
 def network_of(state: dict[str, Tensor], num_actions) -> AtariNetwork:
@@ -1258,8 +1412,12 @@ def network_of(state: dict[str, Tensor], num_actions) -> AtariNetwork:
     )
 
 
-# Tensors and plain values, never code.
-load = partial(torch.load, map_location="cpu", weights_only=True)
+def load(file) -> dict:
+    """Tensors and plain values; never code. ValueError if there is anything else."""
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:  # whose text advises to run the code
+        raise ValueError("damaged, or not made of tensors and plain values alone") from None
 
 
 def load_sb3(path, num_actions, temperature) -> dict[str, Tensor]:
@@ -1298,6 +1456,23 @@ def load_network(path, num_actions, flag, temperature=1.0) -> AtariNetwork:
         return network_of(state, num_actions)
 
 
+def hub_is_silent(error) -> bool:
+    """Whether the hub could not be asked, or has no time: no connection, a time-out, 429, 5xx.
+
+    Then another file may stand in. All else is the user's to know, be it an answer, such as 404 to
+    a wrong name, or a fault on this side, such as a full disk or a certificate.
+    """
+    if isinstance(error, errors.HfHubHTTPError):
+        return error.response.status_code == 429 or error.response.status_code >= 500
+    if "certificate" in str(error).lower():
+        return False
+    # By their names, since the client's library for HTTP depends on its version.
+    names = {kind.__name__ for kind in type(error).__mro__}
+    silent = {"ConnectionError", "NetworkError", "RemoteProtocolError"}
+    silent |= {"TimeoutError", "TimeoutException", "LocalEntryNotFoundError"}
+    return not names.isdisjoint(silent)
+
+
 def find_teacher(args) -> tuple[Path, str]:
     """The teacher's file, and why that one.
 
@@ -1306,34 +1481,41 @@ def find_teacher(args) -> tuple[Path, str]:
     if args.teacher != "auto":
         return Path(args.teacher), "as given"
     env_id = re.sub("ALE/(.*)-v5", r"\1NoFrameskip-v4", args.env_id)  # the older name of the game
-    default_repo = f"cleanrl/{env_id}-{Args.teacher_model_exp_name}-seed1"
-    repo = args.teacher_policy_hf_repo
-    if repo is None:
-        repo = f"cleanrl/{env_id}-{args.teacher_model_exp_name}-seed1"
-    sb3 = re.search("/((dqn|qrdqn|ppo|a2c)-.*)", repo)
+    default_repo = f"cleanrl/{env_id}-{Args.teacher_model_exp_name}-seed1"  # bundled here
+    wanted = args.teacher_policy_hf_repo
+    if wanted is None:
+        wanted = f"cleanrl/{env_id}-{args.teacher_model_exp_name}-seed1"
+    repo, _, revision = wanted.partition("@")
+    revision = revision or None
+    sb3 = re.search("/((dqn|qrdqn|ppo|a2c)-.*)", repo, re.IGNORECASE)
     file = f"{args.teacher_model_exp_name}.cleanrl_model" if sb3 is None else f"{sb3[1]}.zip"
 
-    with user_error(f"--teacher-policy-hf-repo {repo}: no {file} from there"):
+    with user_error(f"--teacher-policy-hf-repo {wanted}: no {file} from there"):
         try:
             # Once and not for long: hf_hub_download itself tries again for half a minute and more.
-            url = hf_hub_url(repo, file)
+            url = hf_hub_url(repo, file, revision=revision)
             answer = ThreadPoolExecutor(1).submit(get_hf_file_metadata, url, timeout=5)
             answer.result(timeout=8)
-            return Path(hf_hub_download(repo, file)), f"from the hub, {repo}"
+            path = Path(hf_hub_download(repo, file, revision=revision))
+            return path, f"from the hub, {repo}@{path.parent.name}"
         except Exception as error:
-            # 429 and 5xx count as out of reach; others are answers, such as 404 to a wrong name.
-            if isinstance(error, errors.HfHubHTTPError) and error.response.status_code < 429:
+            token_refused = isinstance(error, errors.HfHubHTTPError) and get_token() is not None
+            if token_refused and error.response.status_code == 401:
+                raise UserError(
+                    f"--teacher-policy-hf-repo {wanted}: the hub refuses the token stored here, "
+                    "even for what is public: `hf auth login` anew, or `hf auth logout`"
+                ) from None
+            if not hub_is_silent(error):
                 raise
+            silence = f"the hub is out of reach: {reason(error)}"
             with suppress(errors.LocalEntryNotFoundError):
-                cached = hf_hub_download(repo, file, local_files_only=True)
-                return Path(cached), f"from the cache of the hub, {repo}"
+                path = Path(hf_hub_download(repo, file, revision=revision, local_files_only=True))
+                return path, f"from the cache of the hub, {repo}@{path.parent.name}; {silence}"
 
     bundled = Path(__file__).parent / "teachers" / f"{env_id}.cleanrl_model"
-    if repo != default_repo or not bundled.exists():
-        raise UserError(
-            f"--teacher auto: the hub is out of reach and {repo} not in its cache; give a PATH"
-        )
-    return bundled, "bundled: the hub is out of reach"
+    if wanted != default_repo or not bundled.exists():
+        raise UserError(f"--teacher auto: {wanted} is not in the cache, and {silence}; give a PATH")
+    return bundled, f"bundled; {silence}"
 
 
 def load_teacher_buffer(path, made_with, replay):
@@ -1353,7 +1535,8 @@ def write(content, path, before=None):
 
     What was there is kept as `before`.
     """
-    part = Path(f"{path}.{os.getpid()}.part")  # one buffer may have several writers
+    # A name of its own, since a buffer may have several writers, and on several machines.
+    part = Path(f"{path}.{os.urandom(4).hex()}.part")
     with user_error(f"cannot write {path}; once it can be written, --resume"):
         try:
             with part.open("wb") as file:
@@ -1437,14 +1620,19 @@ def check_upload(args):
         raise UserError(
             f"--hf-entity {args.hf_entity}: neither {user['name']} nor one of its organisations"
         )
+    with user_error(f"--upload-model: {hub_name(args)} is no name for the hub; try --exp-name"):
+        validate_repo_id(hub_name(args))
+
+
+def hub_name(args) -> str:
+    name = f"{args.env_id}-{args.exp_name}-seed{args.seed}".replace("/", "-")
+    return f"{args.hf_entity}/{name}" if args.hf_entity else name
 
 
 def upload(args, run_dir, score):
-    """Publish model, event files, films and a card with the score."""
+    """Publish models, event files, films and a card with the score."""
     task = "reinforcement-learning"
-    name = f"{args.env_id}-{args.exp_name}-seed{args.seed}".replace("/", "-")
-    if args.hf_entity:
-        name = f"{args.hf_entity}/{name}"
+    name = hub_name(args)
     result = EvalResult(
         task_type=task,
         dataset_type=args.env_id,
@@ -1463,15 +1651,16 @@ def upload(args, run_dir, score):
     with user_error("--upload-model: the run is not published; try --resume"):
         api = HfApi()
         repo = api.create_repo(name, exist_ok=True)
-        api.upload_folder(repo_id=repo.repo_id, folder_path=run_dir, ignore_patterns="checkpoint*")
+        private = ["checkpoint*", "lock", "*.part"]
+        api.upload_folder(repo_id=repo.repo_id, folder_path=run_dir, ignore_patterns=private)
 
 
 def refuse(args, flag, rule):
     raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: {rule}")
 
 
-def validate(args):
-    """UserError for the first flag that cannot work."""
+def validate(args, phase=None):
+    """UserError for the first flag that cannot work; --resume goes on in `phase`."""
 
     def require(condition, flag, rule):
         if not condition:
@@ -1481,6 +1670,8 @@ def validate(args):
     named_so = re.fullmatch(r"ALE/\w+-v5|\w+NoFrameskip-v4", args.env_id) is not None
     rule = "no game of ale-py's, such as PongNoFrameskip-v4 or ALE/Pong-v5"
     require(is_game and named_so, "env_id", rule)
+    is_name = re.fullmatch(r"\w[\w .+=-]{0,99}", args.exp_name) is not None
+    require(is_name, "exp_name", "must be a name for files, of 100 letters at most")
 
     for flag, value in asdict(args).items():
         if not isinstance(value, int | float):
@@ -1490,22 +1681,53 @@ def validate(args):
             require(value > 0, flag, "must be above 0")
         if flag in SHARES:
             require(value <= 1, flag, "must lie between 0 and 1")
+    rule = "must be 1e-6 or more: float32 cannot tell Q-values apart that differ by less"
+    require(args.temperature >= 1e-6, "temperature", rule)
 
-    fewest = (args.n_step + STACK) * args.num_envs  # the first draw needs so many
-    require(args.buffer_size >= fewest, "buffer_size", f"too few: {fewest} or more")
-    if args.teacher != "none":
+    offline_steps = 0 if args.teacher == "none" else args.offline_steps
+    rule = "neither offline nor online steps: there is nothing to do"
+    require(offline_steps + args.total_timesteps > 0, "total_timesteps", rule)
+    fewest = fewest_steps(args.n_step, args.num_envs)
+    if args.total_timesteps > 0:
+        rule = f"nothing is learned: must be below the {args.total_timesteps} of --total-timesteps"
+        require(args.learning_starts < args.total_timesteps, "learning_starts", rule)
+        # Twice as many, so that there is a choice when the oldest three have lost their stacks.
+        require(args.buffer_size >= 2 * fewest, "buffer_size", f"too few: {2 * fewest} or more")
+        rule = f"more than the {args.buffer_size} steps of --buffer-size"
+        require(args.batch_size <= args.buffer_size, "batch_size", rule)
+    if offline_steps > 0:
         fewest *= TEACHER_ENVS_PER_ENV
         require(args.teacher_steps >= fewest, "teacher_steps", f"too few: {fewest} or more")
-    if args.teacher_buffer is not None:
+        rule = f"more than the {args.teacher_steps} steps of --teacher-steps"
+        require(args.batch_size <= args.teacher_steps, "batch_size", rule)
+    is_to_come = offline_steps > 0 and phase in (None, "teacher buffer")
+    if args.teacher_buffer is not None and is_to_come:
         path = Path(args.teacher_buffer).absolute()
         usable = path.exists() or os.access(path.parent, os.W_OK)
         require(usable, "teacher_buffer", "not there, nor writable")
+
     if args.upload_model:
         require(args.save_model, "upload_model", "there is nothing to upload without --save-model")
     for flag, package in (("capture_video", "moviepy"), ("track", "wandb")):
         if getattr(args, flag):
             found = importlib.util.find_spec(package) is not None
             require(found, flag, f"pip install {package}")
+    if args.capture_video:
+        try_to_film()
+
+
+def name_idle_flags(args):
+    """A line that names the flags which were given, but play no part."""
+    idle = set()
+    if args.teacher == "none":
+        idle = OF_THE_TEACHER
+    elif args.offline_steps == 0:
+        idle = {"teacher_steps", "teacher_buffer"}
+    given = [flag for flag in sorted(idle) if getattr(args, flag) != getattr(Args, flag)]
+    if given:
+        flags = ", ".join(f"--{flag.replace('_', '-')}" for flag in given)
+        cause = "--teacher none" if args.teacher == "none" else "--offline-steps 0"
+        print(f"{cause}: no part is played by {flags}")
 
 
 def check_unchanged(args, before):
@@ -1532,37 +1754,78 @@ def play_model(args, stop):
 
 def parse_flags() -> Args:
     """The flags of the command line; with --resume, what is not said again is as it was."""
-    args = tyro.cli(Args, description=__doc__)
-    if not args.resume:
+    for word, value in pairwise([*sys.argv[1:], ""]):
+        flag, is_joined, joined = word.partition("=")
+        name = flag.removeprefix("--").replace("-", "_")
+        is_switch = isinstance(getattr(Args, name, None), bool)
+        if is_switch and (is_joined or value.lower() in ("true", "false")):
+            off = flag.replace("--", "--no-")
+            raise UserError(f"{flag} {joined or value}: takes no value; it is {flag} or {off}")
+    args = check_names(tyro.cli(Args, description=__doc__))
+    if args.resume is None:
         return args
     saved = load_checkpoint(Path(args.resume))
     with user_error(f"--resume {args.resume}: its flags are those of another version"):
         before = Args(**saved["args"])
         before.resume = args.resume
         before.evaluate = None
-    return tyro.cli(Args, description=__doc__, default=before)
+    return check_names(tyro.cli(Args, description=__doc__, default=before))
+
+
+def check_names(args) -> Args:
+    """The flags as they are; UserError for an empty one, such as a shell's unset variable."""
+    for flag, value in asdict(args).items():
+        if value == "" and flag != "hf_entity":
+            refuse(args, flag, "is empty")
+    return args
+
+
+# As allocators say it: CUDA's, a CPU's and XLA's.
+OUT_OF_MEMORY = re.compile("out of memory|allocate memory|RESOURCE_EXHAUSTED")
+
+
+def ignore_full_disk(failed):
+    """For errors of threads: one of the event file's is raised anew in `Run.log`, as a line."""
+    if not issubclass(failed.exc_type, OSError):
+        threading.__excepthook__(failed)
 
 
 def main():
     stop: list[int] = []
+    on_terminal = [stream for stream in (1, 2) if os.isatty(stream)]
 
     def handle(number, _):
         stop.append(number)
         signal.signal(number, signal.SIG_DFL)
+        if number == getattr(signal, "SIGHUP", None):
+            # The terminal is gone, and writing to it would be an error.
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            for stream in on_terminal:
+                os.dup2(nowhere, stream)
         # print may be in the middle of a line
         os.write(2, b"\nstopping; the same signal again quits at once\n")
 
-    for name in ("SIGINT", "SIGTERM", "SIGUSR1"):  # the last is Slurm's warning
-        if hasattr(signal, name):  # not on Windows
-            signal.signal(getattr(signal, name), handle)
+    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):  # the last is Slurm's warning
+        number = getattr(signal, name, None)  # Windows lacks two of them
+        if number is not None and (name != "SIGHUP" or signal.getsignal(number) != signal.SIG_IGN):
+            signal.signal(number, handle)
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # for a terminal that has no λ
+    threading.excepthook = ignore_full_disk
     try:
         args = parse_flags()
-        if args.evaluate:
+        if args.evaluate is not None:
             play_model(args, stop)
         else:
             train(args, stop)
-    except (UserError, OSError, torch.OutOfMemoryError) as error:
+    except (UserError, OSError) as error:
         tqdm.write(f"error: {error}", file=sys.stderr)  # above a progress bar
+        sys.exit(2)
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and not OUT_OF_MEMORY.search(str(error)):
+            raise
+        advice = "smaller --buffer-size, --teacher-steps or --batch-size need less"
+        tqdm.write(f"error: out of memory; {advice} ({reason(error)})", file=sys.stderr)
         sys.exit(2)
     except Stopped as stopped:
         number, message = stopped.args

@@ -52,12 +52,12 @@ MUTANTS = {
     "rewards undiscounted": ("counted * gamma**ahead", "counted"),
     "termination ignored": (" * bootstraps", ""),
     "a return across a termination": (
-        "(terminated_earlier + excluded.cumsum(1))",
-        "excluded.cumsum(1)",
+        "(terminations_before + exclusions_so_far) == 0",
+        "exclusions_so_far == 0",
     ),
     "a return across a truncation": (
-        "terminated_earlier + excluded.cumsum(1)",
-        "terminated_earlier",
+        "(terminations_before + exclusions_so_far) == 0",
+        "terminations_before == 0",
     ),
     "a stack across a termination": ("self.terminations[before] | self", "self"),
     "a stack across a truncation": (
@@ -113,15 +113,15 @@ MUTANTS = {
     ),
     # training
     "learning_starts in another unit": (
-        "if number > learning_starts",
-        "if progress.global_step + number > learning_starts",
+        "if online_step > learning_starts",
+        "if progress.global_step + online_step > learning_starts",
     ),
     "one gradient step per vector step": (
-        "number % args.train_frequency == 0:",
+        "online_step % args.train_frequency == 0:",
         "begin % args.train_frequency == 0:",
     ),
     "a target update lost under a stride": (
-        "            if number % args.target",
+        "            if online_step % args.target",
         "            if begin % args.target",
     ),
     "no target update at the end of the offline phase": (
@@ -160,13 +160,13 @@ MUTANTS = {
     "the generator not restored": ('learner.generator.set_state(saved["generator"])', "pass"),
     "the checkpoint before is not kept": ("path.replace(before)", "path.unlink()"),
     "checkpoints written in place": (
-        'part = Path(f"{path}.{os.getpid()}.part")',
+        'part = Path(f"{path}.{os.urandom(4).hex()}.part")',
         "part = Path(path)",
     ),
     "points logged twice": ("purge_step=first_step", "purge_step=None"),
     "a file may run code": (
-        'load, map_location="cpu", weights_only=True)',
-        "load, weights_only=False)",
+        'torch.load(file, map_location="cpu", weights_only=True)',
+        "torch.load(file, weights_only=False)",
     ),
     # the rewriting's own
     "a game of the last evaluation too many": (
@@ -191,7 +191,40 @@ MUTANTS = {
     "another game's agent taken": ("its_actions != num_actions or", ""),
     "the learning rate does not follow": ("if final is not None:", "if final == 0:"),
     "a bundled teacher for a wrong name": (
-        "status_code < 429:\n                raise",
-        "status_code < 429:\n                pass",
+        "if not hub_is_silent(error):\n                raise",
+        "if not hub_is_silent(error):\n                pass",
+    ),
+    # what users ran into
+    "any failure counts as a silent hub": (
+        "return not names.isdisjoint(silent)",
+        "return True",
+    ),
+    "the best model is that of the worst evaluation": (
+        "mean > progress.best_return",
+        "mean < progress.best_return",
+    ),
+    "the best model is written at every checkpoint": (
+        "progress.evaluated and progress.best_step == progress.global_step",
+        "True",
+    ),
+    "two processes in one directory": (
+        "fcntl.LOCK_EX | fcntl.LOCK_NB",
+        "fcntl.LOCK_SH | fcntl.LOCK_NB",
+    ),
+    "a failed film ends the run": (
+        "            self.failed = True\n",
+        "            raise\n",
+    ),
+    "an empty path starts a new training": (
+        'if value == "" and flag != "hf_entity":',
+        "if False:",
+    ),
+    "a needless folder is asked for on a resume": (
+        'phase in (None, "teacher buffer")',
+        "True",
+    ),
+    "nothing is learned online, and nothing is said": (
+        "args.learning_starts < args.total_timesteps",
+        "True",
     ),
 }

@@ -52,8 +52,9 @@ os.environ |= {
 jax.config.update("jax_compilation_cache_dir", CACHE.name)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 SAME = "UserError Stopped user_error compute_lambda linear_schedule due FinishedGame GameStep AtariGames "
-SAME += "Learner.read_metrics Progress fade_teacher Run.open Run.log Run.checkpoint_if_due Run.made_with Run.finish "
-SAME += "seeds_for open_film load_sb3 find_teacher check_upload upload refuse validate check_unchanged parse_flags"
+SAME += "Learner.read_metrics Progress fade_teacher Run.open_log Run.log Run.checkpoint_if_due Run.made_with Run.finish "
+SAME += "Run.track Run.lock Run.writing reason fewest_steps Film try_to_film load hub_is_silent hub_name "
+SAME += "name_idle_flags check_names ignore_full_disk seeds_for open_film load_sb3 find_teacher check_upload upload refuse validate check_unchanged parse_flags"
 
 
 def definitions(program) -> dict[str, str]:
@@ -189,7 +190,7 @@ class Replay:
     def add(self, frames, step, teacher_q_values) -> None:
         obs = np.asarray(frames)[:, None]
         self.replay = self.replay.add(
-            obs, qdagger.without_games(step), np.asarray(teacher_q_values)
+            obs, qdagger.without_finished(step), np.asarray(teacher_q_values)
         )
 
     def sample(self, batch_size: int, n_step: int, gamma: float, _) -> sibling.Batch:

@@ -360,7 +360,9 @@ def test_a_run_leaves_what_was_asked_for_and_nothing_else(three_phases):
     files = {
         "checkpoint.pt",
         "checkpoint.previous.pt",
+        "lock",
         f"{args.exp_name}.cleanrl_model",
+        f"{args.exp_name}.best.cleanrl_model",
         "videos",
         "videos/0.mp4",
         "videos/100.mp4",
@@ -435,10 +437,10 @@ def test_the_step_rate_is_of_online_steps_alone(run, monkeypatch):
     monkeypatch.setattr(qdagger, "qdagger_loss", loss)
     monkeypatch.setattr(qdagger, "time", time_with(perf_counter=lambda: sum(passed)))
 
-    seen = run(evaluate, eval_frequency=80, learning_starts=1000)
+    seen = run(evaluate, eval_frequency=80, learning_starts=239)
 
     assert list(seen.values["charts/SPS"]) == [8, 8]
-    assert len(passed) == 15 + 20 + 60 + 6  # rows of the buffer, updates, rows online, evaluations
+    assert len(passed) == 15 + 20 + 60 + 1 + 6  # rows, updates, rows, an update, evaluations
 
 
 def test_a_seed_settles_weights_and_points_and_evaluations_change_nothing(run):
@@ -549,7 +551,7 @@ def test_the_file_of_the_buffer_is_for_students_of_the_same_teacher_alone(
         end_e=0.5,
         teacher=str(other_teacher),
     )
-    monkeypatch.setattr(qdagger.Run, "open", lambda run: None)  # a refusal needs no directory
+    monkeypatch.setattr(qdagger.Run, "open_log", lambda run: None)  # a refusal needs no directory
     for name, value in others.items():
         changes = {name: value}
         message = refusal(run, teacher_buffer=path, **changes)
