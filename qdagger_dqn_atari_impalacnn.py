@@ -1756,11 +1756,11 @@ def parse_flags() -> Args:
     """The flags of the command line; with --resume, what is not said again is as it was."""
     for word, value in pairwise([*sys.argv[1:], ""]):
         flag, is_joined, joined = word.partition("=")
-        name = flag.removeprefix("--").replace("-", "_")
-        is_switch = isinstance(getattr(Args, name, None), bool)
+        name = flag.removeprefix("--").removeprefix("no-")
+        is_switch = isinstance(getattr(Args, name.replace("-", "_"), None), bool)
         if is_switch and (is_joined or value.lower() in ("true", "false")):
-            off = flag.replace("--", "--no-")
-            raise UserError(f"{flag} {joined or value}: takes no value; it is {flag} or {off}")
+            rule = f"takes no value; it is --{name} or --no-{name}"
+            raise UserError(f"{flag} {joined or value}: {rule}")
     args = check_names(tyro.cli(Args, description=__doc__))
     if args.resume is None:
         return args
@@ -1778,6 +1778,39 @@ def check_names(args) -> Args:
         if value == "" and flag != "hf_entity":
             refuse(args, flag, "is empty")
     return args
+
+
+def cores(root: Path = Path("/")) -> int:
+    """How many this process may use: a cluster or a container may grant few of the machine's.
+
+    `root` is that of the file system.
+    """
+    granted = os.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):  # on Linux
+        granted = len(os.sched_getaffinity(0))
+
+    membership = root / "proc/self/cgroup"
+    groups = root / "sys/fs/cgroup"
+    lines = membership.read_text().splitlines() if membership.exists() else []
+    for line in lines:
+        _, controllers, path = line.split(":", maxsplit=2)
+        if controllers == "":  # version 2 of control groups
+            parent = groups
+            names = ["cpu.max"]
+        elif "cpu" in controllers.split(","):  # version 1
+            parent = groups / "cpu"
+            names = ["cpu.cfs_quota_us", "cpu.cfs_period_us"]
+        else:
+            continue
+
+        own = parent / path.lstrip("/")
+        for group in [own, *own.parents]:  # the limits of those around it hold too
+            files = [group / name for name in names]
+            if all(file.exists() for file in files):
+                quota, period = " ".join(file.read_text() for file in files).split()
+                if quota not in ("max", "-1"):
+                    granted = min(granted, int(quota) // int(period))
+    return max(1, granted)
 
 
 # As allocators say it: CUDA's, a CPU's and XLA's.
@@ -1812,6 +1845,9 @@ def main():
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # for a terminal that has no λ
     threading.excepthook = ignore_full_disk
+    if "OMP_NUM_THREADS" not in os.environ:
+        # torch knows the machine's cores, but not what a container grants of them.
+        torch.set_num_threads(min(torch.get_num_threads(), cores()))
     try:
         args = parse_flags()
         if args.evaluate is not None:

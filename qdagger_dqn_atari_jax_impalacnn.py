@@ -1782,11 +1782,11 @@ def parse_flags() -> Args:
     """The flags of the command line; with --resume, what is not said again is as it was."""
     for word, value in pairwise([*sys.argv[1:], ""]):
         flag, is_joined, joined = word.partition("=")
-        name = flag.removeprefix("--").replace("-", "_")
-        is_switch = isinstance(getattr(Args, name, None), bool)
+        name = flag.removeprefix("--").removeprefix("no-")
+        is_switch = isinstance(getattr(Args, name.replace("-", "_"), None), bool)
         if is_switch and (is_joined or value.lower() in ("true", "false")):
-            off = flag.replace("--", "--no-")
-            raise UserError(f"{flag} {joined or value}: takes no value; it is {flag} or {off}")
+            rule = f"takes no value; it is --{name} or --no-{name}"
+            raise UserError(f"{flag} {joined or value}: {rule}")
     args = check_names(tyro.cli(Args, description=__doc__))
     if args.resume is None:
         return args

@@ -196,7 +196,10 @@ class HubHandler(BaseHTTPRequestHandler):
         while hub.silent:
             time.sleep(0.05)
 
-        repository, _, name = self.path[1:].partition("/resolve/main/")
+        repository, _, place = self.path[1:].partition("/resolve/")
+        revision, _, name = place.partition("/")
+        if revision != "main":
+            repository += f"@{revision}"
         content = b""
         problem = ""
         if hub.status != 0:
@@ -208,10 +211,14 @@ class HubHandler(BaseHTTPRequestHandler):
             status = 404
             problem = "EntryNotFound"
 
+        if hub.is_a_hotels:
+            status = 200
+            content = b"<html>Log in</html>"
         self.send_response(status)
-        self.send_header("X-Error-Code", problem)
-        self.send_header("X-Repo-Commit", hub.commit_hash)
-        self.send_header("ETag", str(hash(content)))
+        if not hub.is_a_hotels:
+            self.send_header("X-Error-Code", problem)
+            self.send_header("X-Repo-Commit", hub.commit_hash)
+            self.send_header("ETag", str(hash(content)))
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
         if self.command != "HEAD":
@@ -227,11 +234,13 @@ class Hub(ThreadingHTTPServer):
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), HubHandler)
-        self.files: dict[tuple[str, str], bytes] = {}  # by repository and name
+        # By repository, @REVISION if it is not the newest, and name.
+        self.files: dict[tuple[str, str], bytes] = {}
         self.requests: list[str] = []  # paths
         self.commit_hash = "c0ffee" * 6 + "c0ff"
         self.status = 0  # the answer to everything, unless it is 0
         self.silent = False  # while True, it gives no answer
+        self.is_a_hotels = False  # instead of the hub there is a page on which to log in
 
     def close(self) -> None:
         """From now on nobody listens."""

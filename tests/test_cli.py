@@ -91,6 +91,16 @@ OTHERS = {
     "--env-id CartPole-v1": "PongNoFrameskip-v4",
     "--buffer-size 111 --num-envs 8": "112 or more",  # twice an n-step return and a stack in each
     "--teacher-steps 143 --num-envs 2 --n-step 5": "144 or more",  # eight times as many games
+    "--learning-starts 100 --total-timesteps 100": "below the 100 of --total-timesteps",
+    "--total-timesteps 0 --offline-steps 0": "nothing to do",
+    "--total-timesteps 0 --teacher none": "nothing to do",
+    "--batch-size 200 --buffer-size 199": "the 199 steps of --buffer-size",
+    "--batch-size 1000 --teacher-steps 999": "the 999 steps of --teacher-steps",
+    "--temperature 1e-12": "float32",
+    "--exp-name a/b": "a name for files",
+    "--exp-name ../up": "a name for files",
+    "--exp-name .hidden": "a name for files",
+    "--exp-name a:b": "a name for files",
     "--upload-model": "--save-model",
     "--capture-video": "pip install moviepy",
     "--track": "pip install wandb",

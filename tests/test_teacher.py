@@ -247,9 +247,12 @@ def test_repository_and_file_follow_the_flags(hub):
     check(*default(QBERT, "c51_atari"), env_id=QBERT)
     check("bob/teachers", "c51_atari.cleanrl_model", teacher_policy_hf_repo="bob/teachers")
     check(*default(QBERT, "c51_atari"), env_id="ALE/Qbert-v5")
-    for algorithm in ("dqn", "qrdqn", "ppo", "a2c"):
+    for algorithm in ("dqn", "qrdqn", "ppo", "a2c", "PPO"):
         name = f"{algorithm}-{PONG}"
         check(f"sb3/{name}", f"{name}.zip", teacher_policy_hf_repo=f"sb3/{name}")
+
+    revision = "bob/teachers@v2"
+    check(revision, "c51_atari.cleanrl_model", teacher_policy_hf_repo=revision)
 
     hub.requests.clear()
     path, _ = find_teacher(Args(teacher="some/where"))
@@ -277,7 +280,7 @@ def test_out_of_reach_the_bundled_teacher_teaches_within_ten_seconds(hub, silent
 
 
 def test_a_hub_that_knows_no_such_file_is_told_from_one_that_is_too_busy(hub):
-    """Its refusal is in the line, and no other teacher stands in, neither bundled nor cached.
+    """Its refusal is in the line as it says it, and no other teacher stands in, bundled or cached.
 
     A hub that is asked too often, or has an error of its own, is as good as out of reach.
     """
