@@ -22,7 +22,8 @@ from qdagger_dqn_atari_impalacnn import Args, load_network
 
 ROOT = PROGRAM.parent
 SOURCE = PROGRAM.read_text()
-README = (ROOT / "README.md").read_text()
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTATION = "\n".join(page.read_text() for page in PAGES)
 
 
 @pytest.fixture
@@ -255,7 +256,7 @@ def test_help_shows_every_flag_with_its_comment(command_line, monkeypatch):
 
 # The flags, which a backslash may carry on to the next line. Code within a sentence is left out.
 COMMAND = r"(?<!`)python qdagger_dqn_atari_impalacnn.py ((?:.*\\\n)*.*)"
-DOCUMENTED_COMMANDS = re.findall(COMMAND, README + qdagger.__doc__, re.MULTILINE)
+DOCUMENTED_COMMANDS = re.findall(COMMAND, DOCUMENTATION + qdagger.__doc__, re.MULTILINE)
 
 
 @pytest.mark.parametrize("command", DOCUMENTED_COMMANDS)

@@ -34,7 +34,7 @@ def test_what_is_wrong_is_one_place_of_the_program():
 @pytest.mark.long
 @pytest.mark.parametrize("name", ["nothing", *MUTANTS])
 def test_the_suite_turns_red_if_something_is_wrong_and_only_then(name, tmp_path):
-    for directory in ("tests", "tools", "teachers"):
+    for directory in ("tests", "tools", "teachers", "docs"):
         shutil.copytree(ROOT / directory, tmp_path / directory)
     for file in ("README.md", "pyproject.toml", "LICENSE"):
         shutil.copy(ROOT / file, tmp_path)

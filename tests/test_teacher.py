@@ -323,20 +323,20 @@ def test_a_bundled_teacher_is_no_stand_in_for_another(hub):
         assert "Connection refused" in message
 
 
-def test_the_bundled_teachers_are_those_of_their_cards_and_of_the_readme_and_can_be_loaded():
+def test_the_bundled_teachers_are_those_of_their_cards_and_of_the_docs_and_can_be_loaded():
     """In half precision, with the SHA-256 and the score of the card.
 
     There is one for the default game among them.
     """
     bundled = list(TEACHERS.glob("*.cleanrl_model"))
-    readme = PROGRAM.with_name("README.md").read_text()
+    page = (PROGRAM.parent / "docs" / "teachers.md").read_text()
     assert Args().env_id in [path.stem for path in bundled]
 
     for path in bundled:
         env_id = path.stem
         card = path.with_suffix(".md").read_text()
         score = re.search(r"^\| score \| (-?[\d.]+ ± [\d.]+)", card, re.MULTILINE)[1]
-        assert f"[{score}](teachers/{env_id}.md)" in readme
+        assert f"[{score}](../teachers/{env_id}.md)" in page
         assert hashlib.sha256(path.read_bytes()).hexdigest() in card
 
         dtypes = {value.dtype for value in torch.load(path).values()}

@@ -595,6 +595,41 @@ def test_event_files_and_the_csv_give_the_same_tables_and_figures(tmp_path, monk
     assert table.loc["scratch", "1"].teacher_normalised == pytest.approx(1.2 / 30)
 
 
+def test_the_front_figure_has_a_panel_per_game_and_its_table_the_named_kinds(tmp_path, monkeypatch):
+    made_up_run(tmp_path / "student-PongNoFrameskip-v4-1", [5, 10], "11.00", updates=1000)
+    made_up_run(tmp_path / "student-BreakoutNoFrameskip-v4-1", [5, 10], "12.00", updates=1000)
+    made_up_run(tmp_path / "scratch-PongNoFrameskip-v4-1", [0, 10], "13.00", updates=0)
+    page = tmp_path / "docs" / "page.md"
+    page.parent.mkdir()
+    page.write_text("before\n<!-- front: begin -->\n<!-- front: end -->\nafter\n")
+    monkeypatch.setattr(plot, "README", tmp_path / "README.md")  # there is none
+
+    def panels_of(*kinds) -> list:
+        drawn = []
+        with monkeypatch.context() as patch:
+            patch.setattr(plot.plt, "close", drawn.append)
+            plot.write_csv(tmp_path, tmp_path / "results.csv")
+            table = plot.front_of(tmp_path, list(kinds))
+        plot.into_readme("front", table, tmp_path)
+        assert (tmp_path / "front.png").stat().st_size > 0
+        return drawn[0].axes
+
+    breakout, pong = panels_of("student", "scratch")
+    assert breakout.get_title() == "Breakout"
+    assert breakout.get_xlabel() == "online steps"
+    assert breakout.get_ylim()[1] > 20  # the teacher's
+    labels = pong.get_legend_handles_labels()[1]
+    assert labels == ["QDagger student", "DQN from scratch, same network", "the teacher"]
+    assert "| DQN from scratch, same network | – | 13.0, 83% | 1 |\n" in page.read_text()
+
+    _, pong = panels_of("student")
+    assert len(pong.get_legend_handles_labels()[1]) == 2
+    assert "scratch" not in page.read_text()
+
+    with pytest.raises(SystemExit):
+        plot.front_of(tmp_path, ["students"])
+
+
 def test_human_and_random_scores_of_all_games_are_those_of_one_table():
     assert len(plot.REFERENCES) == 57
     # These tell the table from those of other papers.
@@ -744,17 +779,23 @@ def test_interquartile_mean_and_intervals_are_the_known_ones():
     assert plot.aggregates(table.query("seed == 0")).empty  # one seed has no interval
 
 
-def test_tables_of_the_readme_are_remade_from_what_is_committed():
+def test_tables_of_readme_and_docs_are_remade_from_what_is_committed():
     made = {}
     for directory in (ROOT / "results").iterdir():
         made |= plot.json_tables(directory)
         results = directory / "results.csv"
         if results.exists():
             rows = plot.read_csv(results)
-            made[directory.name] = plot.markdown(rows, plot.labels_of(directory, rows))
+            labels = plot.labels_of(directory, rows)
+            made[directory.name] = plot.markdown(rows, labels)
+            # The front page's, by the command that its results name.
+            command = r"plot\.py [^\n]* --front ([\w ]+) --readme"
+            for kinds in re.findall(command, (directory / "README.md").read_text()):
+                made["front"] = plot.markdown(rows, {kind: labels[kind] for kind in kinds.split()})
 
     shown = {}
-    for page in (plot.README, *(ROOT / "results").glob("*/README.md")):
+    pages = [plot.README, *(ROOT / "docs").glob("*.md")]
+    for page in (*pages, *(ROOT / "results").glob("*/README.md")):
         marked = r"<!-- (\w+): begin -->\n(.*?)\n?<!-- \1: end -->"
         for name, table in re.findall(marked, page.read_text(), flags=re.DOTALL):
             if re.search(r"\d", table):  # others wait for their numbers

@@ -275,10 +275,9 @@ def three_phases(run):
 
 
 def documented_tags() -> list[str]:
-    """Those in the first column of the README's table."""
-    readme = PROGRAM.with_name("README.md").read_text()
-    section = readme.partition("## What is logged")[2].partition("\n## ")[0]
-    first_column = re.findall(r"^\| (`.*?`) \|", section, re.MULTILINE)
+    """Those in the first column of the table."""
+    page = (PROGRAM.parent / "docs" / "logging.md").read_text()
+    first_column = re.findall(r"^\| (`.*?`) \|", page, re.MULTILINE)
     return re.findall(r"`([\w/]+)`", " ".join(first_column))
 
 

@@ -5,6 +5,11 @@
     python tools/plot.py results/pong_cpu --readme          # again from its results.csv, the table
                                                             # into its README
     python tools/plot.py results/speed --readme             # the tables of tools/speed.py there
+    # front.png, a panel per game by online step, and a table of these kinds alone, called front
+    python tools/plot.py results/atari_cpu --front student scratch --readme
+
+Tables go between their markers, wherever these are: in README.md, a page of docs, or the README.md
+of the directory.
 
 It needs `pip install -e ".[plot]"`. Written are results.csv (run, tag, step, value, and seconds
 since the run began), curves.png, scores.csv, and, where a kind has several seeds, aggregates.csv
@@ -377,6 +382,42 @@ def draw_game(panels: tuple, points: pd.DataFrame, labels: dict, teacher: float,
     by_step.xaxis.set_major_formatter(steps_label)
 
 
+def front_figure(rows: pd.DataFrame, labels: dict[str, str], kinds: list[str], path: Path) -> None:
+    """One row for the front page, a panel per game: returns of these kinds by online step."""
+    points = evaluations(rows[rows.kind.isin(kinds)])
+    points = points[points.step >= 0]
+    games = sorted(points.game.unique())
+    styles = dict(zip(labels, cycle(STYLES)))
+    plt.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False})
+    size = (3.4 * len(games), 3.4)
+    figure, panels = plt.subplots(1, len(games), figsize=size, squeeze=False)
+
+    for axes, game in zip(panels[0], games):
+        of_game = points[points.game == game]
+        for kind in kinds:
+            of_kind = of_game[of_game.kind == kind]
+            if len(of_kind) > 0:
+                draw_curve(axes, of_kind, "step", labels[kind], styles[kind])
+        teacher = teacher_return(rows, game)
+        axes.axhline(teacher, label="the teacher", **TEACHER_LINE)
+        shown = pd.Series([*of_game.value, teacher]).dropna()
+        margin = 0.05 * (shown.max() - shown.min())
+        if margin > 0:  # the interval of few seeds can be far wider
+            axes.set_ylim(shown.min() - margin, shown.max() + margin)
+        axes.set_title(game, fontsize=11)
+        axes.set_xlabel("online steps")
+        axes.xaxis.set_major_formatter(steps_label)
+        axes.grid(alpha=0.3)
+    panels[0][0].set_ylabel("mean score")
+
+    handles, names = panels[0][0].get_legend_handles_labels()
+    style = {"frameon": False, "loc": "lower center", "ncols": len(names)}
+    figure.legend(handles, names, **style)
+    figure.tight_layout(rect=(0, 0.08, 1, 1))
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
 def curves(rows: pd.DataFrame, labels: dict[str, str], path: Path) -> None:
     """A row of two panels per game: returns by online step and by wall-clock."""
     points = evaluations(rows)
@@ -519,10 +560,11 @@ def markdown(rows: pd.DataFrame, labels: dict[str, str]) -> str:
 
 
 def into_readme(name: str, table: str, directory: Path) -> None:
-    """Replace what stands between the markers of `name`, in README.md or in the directory's own."""
+    """Replace what stands between the markers of `name`: in README.md, docs or the directory's."""
     begin = f"<!-- {name}: begin -->"
     end = f"<!-- {name}: end -->"
-    for readme in (README, directory / "README.md"):
+    docs = README.parent / "docs"
+    for readme in (README, *sorted(docs.glob("*.md")), directory / "README.md"):
         if not readme.exists():
             continue
         before, found, rest = readme.read_text().partition(begin)
@@ -530,7 +572,7 @@ def into_readme(name: str, table: str, directory: Path) -> None:
             _, _, after = rest.partition(end)
             readme.write_text(f"{before}{begin}\n{table}\n{end}{after}")
             return
-    pages = f"neither {README} nor {directory}/README.md"
+    pages = f"none of {README}, {docs} and {directory}/README.md"
     fail(f"--readme: {pages} has a marker {begin}; write it where the table shall be")
 
 
@@ -553,6 +595,17 @@ def json_tables(directory: Path) -> dict[str, str]:
         if "table" in content:
             tables[path.stem] = content["table"]
     return tables
+
+
+def front_of(out: Path, kinds: list[str]) -> str:
+    """Write front.png of a directory's results.csv; the table of these kinds."""
+    rows = read_csv(out / "results.csv")
+    labels = labels_of(out, rows)
+    for kind in kinds:
+        if kind not in set(rows.kind):
+            fail(f"--front {kind}: no such kind in {out / 'results.csv'}")
+    front_figure(rows, labels, kinds, out / "front.png")
+    return markdown(rows, {kind: labels[kind] for kind in kinds})
 
 
 def tables_of(directory: Path, out: Path) -> dict[str, str]:
@@ -586,7 +639,12 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, help="for what is written; unset: the same")
     parser.add_argument(
-        "--readme", action="store_true", help="write the tables into README.md, or the directory's"
+        "--readme",
+        action="store_true",
+        help="write the tables into README.md, docs or DIR/README.md",
+    )
+    parser.add_argument(
+        "--front", nargs="+", metavar="KIND", help="front.png and a table of these kinds as well"
     )
     args = parser.parse_args()
 
@@ -596,6 +654,8 @@ def main() -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)
         tables = tables_of(args.directory, out)
+        if args.front and tables:
+            tables["front"] = front_of(out, args.front)
     except OSError as error:
         fail(f"{error}; name another --out")
     if not tables:

@@ -10,8 +10,8 @@ and a directory of its own. Steps per second come from the wall-clock times in i
 that start, evaluations and warm-up are left out. The numbers are medians over `repeats`; all take
 turns, so that a machine that slows down slows all of them. Peak memory is that of its process on
 the host, and what torch has reserved, or JAX has used, on the GPU.
-`python tools/plot.py results/speed --readme` writes the table into README.md, between the markers
-of that NAME.
+`python tools/plot.py results/speed --readme` writes the table into the page that has the markers
+of that NAME: docs/speed.md, or the README.md beside it.
 """
 
 import json
