@@ -16,6 +16,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import Malicious, interrupted, points, saved
+from sb3_contrib import QRDQN
+from stable_baselines3 import PPO
 
 jax = pytest.importorskip(
     "jax", reason="the extra `jax` is not installed, or Python is older than 3.11"
@@ -25,9 +27,8 @@ import flax.linen as nn  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import test_replay  # noqa: E402
 from flax import serialization  # noqa: E402
-from flax.traverse_util import flatten_dict  # noqa: E402
-from test_resume import steps  # noqa: E402
-from test_teacher import AGENTS, OBS, TEACHERS, sb3  # noqa: E402
+from test_resume import NEW, Interruption, exactly_restored, steps  # noqa: E402
+from test_teacher import OBS, PONG, TEACHERS, sb3  # noqa: E402
 from test_train import Clockwork, seeds_in_a_row  # noqa: E402
 
 import qdagger_dqn_atari_impalacnn as sibling  # noqa: E402
@@ -39,230 +40,364 @@ from qdagger_dqn_atari_jax_impalacnn import (  # noqa: E402
     FrameReplay,
     GameStep,
     Learner,
+    Run,
+    Stopped,
+    UserError,
+    load_checkpoint,
     load_network,
-    seeds_for,
+    load_teacher_buffer,
 )
 
 # What was compiled once serves all runs, those in other processes too.
 CACHE = TemporaryDirectory()
-os.environ |= {
-    "JAX_COMPILATION_CACHE_DIR": CACHE.name,
-    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-}
+os.environ["JAX_COMPILATION_CACHE_DIR"] = CACHE.name
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 jax.config.update("jax_compilation_cache_dir", CACHE.name)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-SAME = "UserError Stopped user_error compute_lambda linear_schedule due FinishedGame GameStep AtariGames "
-SAME += "Learner.read_metrics Progress fade_teacher Run.open_log Run.log Run.checkpoint_if_due Run.made_with Run.finish "
-SAME += "Run.track Run.lock Run.writing reason fewest_steps Film try_to_film load hub_is_silent hub_name "
-SAME += "name_idle_flags check_names ignore_full_disk seeds_for open_film load_sb3 find_teacher check_upload upload refuse validate check_unchanged parse_flags"
+
+
+# --- The same text ---
+
+# What knows no framework, and must be the same to the letter in both programs.
+SAME = [
+    "UserError",
+    "Stopped",
+    "user_error",
+    "compute_lambda",
+    "linear_schedule",
+    "due",
+    "FinishedGame",
+    "GameStep",
+    "AtariGames",
+    "Learner.read_metrics",
+    "Progress",
+    "fade_teacher",
+    "Run.open",
+    "Run.log",
+    "Run.checkpoint_if_due",
+    "Run.made_with",
+    "Run.finish",
+    "seeds_for",
+    "open_film",
+    "load_sb3",
+    "find_teacher",
+    "check_upload",
+    "upload",
+    "refuse",
+    "validate",
+    "check_unchanged",
+    "parse_flags",
+]
 
 
 def definitions(program) -> dict[str, str]:
-    """The text of each function and class, and of each method."""
-    text, found = Path(program.__file__).read_text(), {}
+    """The text of each function, of each class, and of each method as CLASS.METHOD."""
+    text = Path(program.__file__).read_text()
+    found = {}
+
+    def keep(node: ast.AST, prefix: str = "") -> None:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            found[prefix + node.name] = ast.get_source_segment(text, node)
+
     for node in ast.parse(text).body:
-        for each in [node, *(node.body if isinstance(node, ast.ClassDef) else [])]:
-            if isinstance(each, ast.FunctionDef | ast.ClassDef):
-                name = each.name if each is node else f"{node.name}.{each.name}"
-                found[name] = ast.get_source_segment(text, each)
+        keep(node)
+        if isinstance(node, ast.ClassDef):
+            for member in node.body:
+                keep(member, prefix=f"{node.name}.")
     return found
 
 
 def test_what_knows_no_framework_is_the_same_text_in_both():
-    """So that a mend in one cannot be forgotten in the other; flags too, but for those of PyTorch's alone."""
-    ours, theirs = definitions(qdagger), definitions(sibling)
-    for name in SAME.split():
+    """So that a mend in one cannot be forgotten in the other."""
+    ours = definitions(qdagger)
+    theirs = definitions(sibling)
+    for name in SAME:
         assert ours[name] == theirs[name], name
-    flags, of_sibling = (
-        {field.name: field.default for field in fields(each.Args)} for each in (qdagger, sibling)
-    )
-    assert flags | {
-        "torch_deterministic": True,
-        "capture": True,
-        "compile": False,
-    } == of_sibling | {
+
+
+def defaults(program) -> dict:
+    return {flag.name: flag.default for flag in fields(program.Args)}
+
+
+def test_flags_and_defaults_are_the_same_in_both():
+    """But for the flags of PyTorch's alone, and what is faster or named otherwise."""
+    of_pytorch_alone = {"torch_deterministic": True, "capture": True, "compile": False}
+    otherwise_here = {
         "amp": False,
         "exp_name": Path(qdagger.__file__).stem,
         "teacher_model_exp_name": "dqn_atari_jax",
     }
+    assert defaults(qdagger) | of_pytorch_alone == defaults(sibling) | otherwise_here
 
 
 def test_without_jax_a_line_says_what_to_install():
     script = "import runpy, sys; sys.modules['flax'] = None; runpy.run_path(sys.argv[1])"
-    done = subprocess.run(
-        [sys.executable, "-c", script, qdagger.__file__], capture_output=True, text=True
-    )
-    assert done.returncode == 2 and done.stderr.startswith("error: ") and '".[jax]"' in done.stderr
-    assert len(done.stderr.splitlines()) == 1
+    command = [sys.executable, "-c", script, qdagger.__file__]
+    done = subprocess.run(command, capture_output=True, text=True)
+
+    (line,) = done.stderr.splitlines()
+    assert done.returncode == 2
+    assert line.startswith("error: ")
+    assert '".[jax]"' in line
+
+
+# --- The same numbers ---
 
 
 def converted(tree, state: dict[str, torch.Tensor]):
-    """PyTorch's tensors in the form of this tree: copies, since JAX may still read what PyTorch then changes."""
-    return jax.tree.unflatten(jax.tree.structure(tree), map(np.array, qdagger.from_torch(state)))
+    """PyTorch's tensors in the form of this tree.
+
+    They are copies, since JAX may still read what PyTorch then changes.
+    """
+    weights = [np.array(weight) for weight in qdagger.from_torch(state)]
+    return jax.tree.unflatten(jax.tree.structure(tree), weights)
 
 
-def pair(name: str, num_actions: int = 4, **settings):
-    """A learner of each program with the same weights, those of PyTorch's."""
-    settings = (
-        dict(network=name, amp=False, batch_size=8, adam_eps=1.5e-4, final_learning_rate=1e-5)
-        | settings
+def beside(tree, state: dict[str, torch.Tensor]) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Of each kernel and each bias: that of the tree, and PyTorch's."""
+    ours = [np.asarray(weight) for weight in jax.tree.leaves(tree)]
+    theirs = jax.tree.leaves(converted(tree, state))
+    return list(zip(ours, theirs, strict=True))
+
+
+def pair(name: str, num_actions: int = 4, huber: bool = False) -> tuple[Learner, sibling.Learner]:
+    """A learner of each program, both with the weights of PyTorch's."""
+    flags = dict(
+        network=name,
+        huber=huber,
+        adam_eps=1.5e-4,
+        final_learning_rate=1e-5,
+        amp=False,
     )
-    theirs = sibling.Learner(sibling.Args(**settings), num_actions, torch.device("cpu"))
-    ours = Learner(Args(**settings), num_actions)
-    params = converted(ours.params, theirs.q_network.state_dict())
-    ours.params, ours.target_params = params, jax.tree.map(jnp.copy, params)
+    theirs = sibling.Learner(sibling.Args(**flags), num_actions, torch.device("cpu"))
+    ours = Learner(Args(**flags), num_actions)
+    ours.params = converted(ours.params, theirs.q_network.state_dict())
+    ours.target_params = jax.tree.map(jnp.copy, ours.params)
     return ours, theirs
+
+
+def answer(network: nn.Module, params: dict, obs: torch.Tensor = OBS) -> np.ndarray:
+    """Q-values, which are float32 whatever the network computes in."""
+    q_values = network.apply(params, obs.numpy())
+    assert q_values.dtype == jnp.float32
+    return np.asarray(q_values)
 
 
 @pytest.mark.parametrize("name", NETWORKS)
 @pytest.mark.parametrize("num_actions", [4, 18])
 def test_a_network_of_one_is_converted_the_same_in_the_other(name, num_actions):
-    """Q-values to 1e-4, on images without symmetry, of both networks; in bfloat16 about the same."""
+    """On images without symmetry; in bfloat16 about the same."""
     ours, theirs = pair(name, num_actions)
     with torch.no_grad():
         expected = theirs.q_network(OBS).numpy()
-    q_values = ours.network.apply(ours.params, OBS.numpy())
-    assert q_values.dtype == jnp.float32 and np.std(expected, axis=1).min() > 0
+    q_values = answer(ours.network, ours.params)
+    of_flipped_stacks = answer(ours.network, ours.params, OBS.flip(1))
+    coarse = answer(NETWORKS[name](num_actions, jnp.bfloat16), ours.params)
+
+    assert np.std(expected, axis=1).min() > 0
+    assert np.abs(of_flipped_stacks - expected).max() > 1e-3, "frames look alike to it"
     np.testing.assert_allclose(q_values, expected, atol=1e-4, rtol=0)
-    assert np.abs(ours.network.apply(ours.params, OBS.flip(1).numpy()) - expected).max() > 1e-3
-    coarse = NETWORKS[name](num_actions, jnp.bfloat16).apply(ours.params, OBS.numpy())
-    assert (
-        coarse.dtype == jnp.float32
-        and 0 < np.abs(coarse - expected).max() < 0.03 * np.abs(expected).max()
+    largest_error = np.abs(coarse - expected).max()
+    assert 0 < largest_error < 0.03 * np.abs(expected).max()
+
+
+def random_batch() -> sibling.Batch:
+    """Every other transition has terminated."""
+    rng = np.random.default_rng(0)
+    images = (8, 4, 84, 84)
+    return sibling.Batch(
+        obs=torch.tensor(rng.integers(256, size=images, dtype=np.uint8)),
+        next_obs=torch.tensor(rng.integers(256, size=images, dtype=np.uint8)),
+        returns=torch.tensor(rng.normal(size=8)).float(),
+        teacher_q_values=torch.tensor(rng.normal(size=(8, 4))).float(),
+        actions=torch.tensor(rng.integers(4, size=8)),
+        discounts=torch.tensor([0.9, 0.0] * 4),
     )
+
+
+def always(value):
+    """A function that returns it, whatever it is given."""
+
+    def function(*_):
+        return value
+
+    return function
 
 
 @pytest.mark.parametrize("name", NETWORKS)
 @pytest.mark.parametrize("huber", [False, True])
 def test_a_batch_gives_both_the_same_loss_gradient_and_weights(name, huber, monkeypatch):
-    """Terms to 1e-5, gradients to 1e-4 of their size, then Adam's steps and a target that follows."""
-    ours, theirs = pair(name, huber=huber, n_step=1)
-    rng = np.random.default_rng(0)
-    images = [
-        torch.tensor(rng.integers(256, size=(8, 4, 84, 84), dtype=np.uint8)) for _ in range(2)
-    ]
-    numbers = [
-        torch.tensor(rng.normal(size=shape), dtype=torch.float32) for shape in ((8,), (8, 4))
-    ]
-    actions, discounts = torch.tensor(rng.integers(4, size=8)), torch.tensor([0.9, 0.0] * 4)
-    batch = sibling.Batch(images[0], actions, numbers[0], discounts, images[1], numbers[1])
-    ours_batch = Batch(*(jnp.asarray(part.numpy()) for part in batch))
-    monkeypatch.setattr(sibling.FrameReplay, "sample", lambda *_: batch)
-    monkeypatch.setattr(FrameReplay, "sample", lambda *_: ours_batch)
-    replays = FrameReplay.create(40, 1, 4), sibling.FrameReplay(40, 1, 4)
-    assert theirs.set_lambda(0.5) == ours.set_lambda(0.5) == pytest.approx(5.5e-5)
-    for updates in range(1, 4):
-        before = jax.tree.map(np.asarray, ours.params)
-        ours.gradient_step(replays[0])
-        theirs.gradient_step(replays[1])
-        metrics, expected = ours.read_metrics(), theirs.read_metrics()
-        assert metrics == pytest.approx(expected, rel=1e-4 if updates > 1 else 1e-5, abs=1e-5)
-        if updates == 1:
-            gradient = {name: weight.grad for name, weight in theirs.q_network.named_parameters()}
-            gradient = flatten_dict(converted(ours.params, gradient), sep="/")
-            moment = flatten_dict(ours.opt_state.mu, sep="/")  # a tenth of the first gradient
-            for path, values in gradient.items():
-                np.testing.assert_allclose(
-                    10 * moment[path], values, atol=1e-4 * np.abs(values).max(), rtol=0
-                )
-        moved = flatten_dict(
-            jax.tree.map(lambda new, old: np.abs(new - old).max(), ours.params, before), sep="/"
-        )
-        assert min(moved.values()) > 0
-    ours.update_target(0.5), theirs.update_target(0.5)
-    for tree, network in (
-        (ours.params, theirs.q_network),
-        (ours.target_params, theirs.target_network),
-    ):
-        for path, values in flatten_dict(converted(tree, network.state_dict()), sep="/").items():
-            np.testing.assert_allclose(flatten_dict(tree, sep="/")[path], values, atol=2e-5, rtol=0)
+    """Then Adam goes on the same, and so does a target that follows."""
+    ours, theirs = pair(name, huber=huber)
+    their_batch = random_batch()
+    our_batch = Batch(*[jnp.asarray(part.numpy()) for part in their_batch])
+    monkeypatch.setattr(FrameReplay, "sample", always(our_batch))
+    monkeypatch.setattr(sibling.FrameReplay, "sample", always(their_batch))
+    our_replay = FrameReplay.create(40, 1, 4)
+    their_replay = sibling.FrameReplay(40, 1, 4)
+
+    our_rate = ours.set_lambda(0.5)
+    their_rate = theirs.set_lambda(0.5)
+    assert our_rate == their_rate == pytest.approx(5.5e-5)
+
+    for update in (1, 2, 3):
+        before = [np.array(weight) for weight in jax.tree.leaves(ours.params)]
+        ours.gradient_step(our_replay)
+        theirs.gradient_step(their_replay)
+
+        close = 1e-5 if update == 1 else 1e-4
+        expected = pytest.approx(theirs.read_metrics(), rel=close, abs=1e-5)
+        assert ours.read_metrics() == expected
+        for new, old in zip(jax.tree.leaves(ours.params), before, strict=True):
+            assert np.abs(new - old).max() > 0
+
+        if update == 1:
+            # Adam's running mean is a tenth of its first gradient.
+            weights = theirs.q_network.named_parameters()
+            gradient = {name: weight.grad for name, weight in weights}
+            for tenth, expected in beside(ours.opt_state.mu, gradient):
+                close = 1e-4 * np.abs(expected).max()
+                np.testing.assert_allclose(10 * tenth, expected, atol=close, rtol=0)
+
+    ours.update_target(0.5)
+    theirs.update_target(0.5)
+    params = beside(ours.params, theirs.q_network.state_dict())
+    target_params = beside(ours.target_params, theirs.target_network.state_dict())
+    for weight, expected in params + target_params:
+        np.testing.assert_allclose(weight, expected, atol=2e-5, rtol=0)
     assert int(ours.opt_state.count) == 3
 
 
-class Replay:
-    """FrameReplay by the interface that its sibling has: tensors, changed in place, drawn from by a generator."""
+# --- The same replay ---
+
+
+class MutableReplay:
+    """FrameReplay by its sibling's interface: tensors, changed in place."""
 
     draw = staticmethod(jax.jit(FrameReplay.sample, static_argnums=(1, 2, 3)))
 
     def __init__(self, capacity: int, num_envs: int, num_actions: int):
-        self.replay, self.draws = FrameReplay.create(capacity, num_envs, num_actions), 0
+        self.replay = FrameReplay.create(capacity, num_envs, num_actions)
+        self.draws = 0
 
-    def add(self, frames, step, teacher_q_values) -> None:
+    def add(self, frames, step: sibling.GameStep, teacher_q_values) -> None:
         obs = np.asarray(frames)[:, None]
-        self.replay = self.replay.add(
-            obs, qdagger.without_finished(step), np.asarray(teacher_q_values)
-        )
+        q_values = np.asarray(teacher_q_values)
+        self.replay = self.replay.add(obs, qdagger.without_games(step), q_values)
 
     def sample(self, batch_size: int, n_step: int, gamma: float, _) -> sibling.Batch:
         self.draws += 1
-        batch = self.draw(self.replay, batch_size, n_step, gamma, jax.random.PRNGKey(self.draws))
-        return sibling.Batch(*(torch.tensor(np.asarray(part)) for part in batch))
+        key = jax.random.PRNGKey(self.draws)
+        batch = self.draw(self.replay, batch_size, n_step, gamma, key)
+        return sibling.Batch(*[torch.tensor(np.asarray(part)) for part in batch])
 
 
-def unpack(state: dict, replay: Replay) -> None:
+def pack(replay: MutableReplay) -> dict:
+    return qdagger.pack(replay.replay)
+
+
+def unpack(state: dict, replay: MutableReplay) -> None:
     replay.replay = qdagger.unpack(state, replay.replay)
 
 
 @pytest.mark.parametrize("examples", [8, pytest.param(300, marks=pytest.mark.long)])
 def test_samples_are_what_the_same_naive_store_holds(examples, monkeypatch):
     """Any number of games, room, n and ends, around the ring; saved, loaded, played on."""
-    monkeypatch.setattr(test_replay, "FrameReplay", Replay)
-    monkeypatch.setattr(test_replay, "pack", lambda replay: qdagger.pack(replay.replay))
+    monkeypatch.setattr(test_replay, "FrameReplay", MutableReplay)
+    monkeypatch.setattr(test_replay, "pack", pack)
     monkeypatch.setattr(test_replay, "unpack", unpack)
     monkeypatch.setattr(qdagger, "BLOCK", 7)
     test_replay.test_samples_of_any_history_are_what_a_naive_store_holds(examples, monkeypatch)
 
 
+IDLE_STEP = GameStep(
+    actions=np.zeros(4, int),
+    rewards=np.zeros(4),
+    terminations=np.zeros(4, bool),
+    excluded=np.zeros(4, bool),
+    finished=None,
+)
+
+
 def test_a_row_is_written_in_place():
     """What `add` is given is overwritten, not copied: a million frames would take seconds."""
-    replay = FrameReplay.create(64, 4, 2)
-    pointer = replay.frames.unsafe_buffer_pointer()
-    step = GameStep(np.zeros(4, int), np.zeros(4), np.zeros(4, bool), np.zeros(4, bool), None)
-    after = replay.add(np.ones((4, 1, 84, 84), np.uint8), step, np.zeros((4, 2)))
-    assert after.frames.unsafe_buffer_pointer() == pointer and replay.frames.is_deleted()
-    assert int(after.written) == 1 and int(after.frames.sum()) == 4 * 84 * 84
+    before = FrameReplay.create(64, 4, 2)
+    address = before.frames.unsafe_buffer_pointer()
+    white = np.ones((4, 1, 84, 84), np.uint8)
+    after = before.add(white, IDLE_STEP, np.zeros((4, 2)))
+
+    assert before.frames.is_deleted()
+    assert after.frames.unsafe_buffer_pointer() == address
+    assert int(after.written) == 1
+    assert int(after.frames.sum()) == 4 * 84 * 84
 
 
 @pytest.mark.long
 def test_a_million_frames_have_more_bytes_than_31_bits_count():
     """7.06 GB: the last rows are found again, and those after them at the beginning."""
-    replay = FrameReplay.create(1_000_000, 4, 2)
-    step = GameStep(*(np.zeros(4, kind) for kind in (int, float, bool, bool)), None)
+    replay = FrameReplay.create(1_000_000, 4, 2)  # 250,000 rows
     replay = replay.replace(written=jnp.int32(249_990))
+    environments = np.arange(4, dtype=np.uint8)[:, None, None, None]
     for number in range(20):
-        images = (
-            np.full((4, 1, 84, 84), 10 * number, np.uint8)
-            + np.arange(4, dtype=np.uint8)[:, None, None, None]
-        )
-        replay = replay.add(images, step)
-    seen = replay.stacks(4 * jnp.arange(249_993, 250_010) + 3)
-    assert np.asarray(seen[:, -1, 0, 0]).tolist() == [10 * number + 3 for number in range(3, 20)]
-    assert np.asarray(replay.frames[:40:4, -1]).tolist() == [
-        10 * number for number in range(10, 20)
-    ]
+        images = np.full((4, 1, 84, 84), 10 * number, np.uint8) + environments
+        replay = replay.add(images, IDLE_STEP)
+
+    of_last_environment = 4 * jnp.arange(249_993, 250_010) + 3
+    seen = np.asarray(replay.stacks(of_last_environment))
+    newest_pixels = seen[:, -1, 0, 0].tolist()
+    assert newest_pixels == [10 * number + 3 for number in range(3, 20)]
+    of_first_environment = np.asarray(replay.frames[:40:4, -1]).tolist()
+    assert of_first_environment == [10 * number for number in range(10, 20)]
+
+
+def stored_rows(replay: FrameReplay | sibling.FrameReplay, size: int) -> dict[str, np.ndarray]:
+    """Its first `size` steps, each as a row."""
+    rows = {}
+    for name in ("frames", *qdagger.FIELDS):
+        stored = np.asarray(getattr(replay, name)[:size])
+        rows[name] = stored.reshape(size, -1)
+    return rows
 
 
 def test_a_teachers_buffer_serves_both_programs(tmp_path):
     """Written by either, read by the other: the same content."""
-    replay, rng = FrameReplay.create(24, 4, 3), np.random.default_rng(0)
+    rng = np.random.default_rng(0)
+    replay = FrameReplay.create(24, 4, 3)
     for _ in range(5):
         frames = rng.integers(256, size=(4, 1, 84, 84), dtype=np.uint8)
-        ends = rng.random((2, 4)) < 0.3
-        step = GameStep(rng.integers(3, size=4), rng.normal(size=4), *ends, None)
+        step = GameStep(
+            actions=rng.integers(3, size=4),
+            rewards=rng.normal(size=4),
+            terminations=rng.random(4) < 0.3,
+            excluded=rng.random(4) < 0.3,
+            finished=None,
+        )
         replay = replay.add(frames, step, rng.normal(size=(4, 3)))
+
     made_with = {"num_envs": 1}
-    content = {"made_with": made_with, "replay": jax.tree.map(torch.tensor, qdagger.pack(replay))}
+    packed = jax.tree.map(torch.tensor, qdagger.pack(replay))
+    content = {"made_with": made_with, "replay": packed}
     qdagger.write(partial(torch.save, content), tmp_path / "ours")
     theirs = sibling.FrameReplay(24, 4, 3)
     sibling.load_teacher_buffer(tmp_path / "ours", made_with, theirs)
-    sibling.write({"made_with": made_with, "replay": sibling.pack(theirs)}, tmp_path / "theirs")
-    back = qdagger.load_teacher_buffer(tmp_path / "theirs", made_with, FrameReplay.create(24, 4, 3))
-    for name in ("frames", *qdagger.FIELDS):
-        stored, expected = (np.asarray(getattr(each, name))[:20] for each in (back, replay))
-        if name == "excluded":
-            expected = np.append(expected[:16], [True] * 4)
-        in_theirs = getattr(theirs, name)[:20].numpy().reshape(expected.shape)
-        assert (stored == expected).all() and (in_theirs == expected).all(), name
+
+    content = {"made_with": made_with, "replay": sibling.pack(theirs)}
+    sibling.write(content, tmp_path / "theirs")
+    empty = FrameReplay.create(24, 4, 3)
+    back = load_teacher_buffer(tmp_path / "theirs", made_with, empty)
+
+    expected = stored_rows(replay, 20)
+    # The games that could go on are gone.
+    expected["excluded"] = expected["excluded"].copy()
+    expected["excluded"][-4:] = True
+    in_theirs = stored_rows(theirs, 20)
+    in_back = stored_rows(back, 20)
+    for name, rows in expected.items():
+        assert np.array_equal(in_theirs[name], rows), name
+        assert np.array_equal(in_back[name], rows), name
+
+
+# --- The same models ---
 
 
 class FlaxTeacher(nn.Module):
@@ -272,72 +407,91 @@ class FlaxTeacher(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        x = jnp.transpose(x, (0, 2, 3, 1)) / 255.0
-        for channels, size, stride in ((32, 8, 4), (64, 4, 2), (64, 3, 1)):
-            x = nn.relu(
-                nn.Conv(
-                    channels, kernel_size=(size, size), strides=(stride, stride), padding="VALID"
-                )(x)
-            )
-        x = nn.relu(nn.Dense(512)(x.reshape((x.shape[0], -1))))
+        conv = partial(nn.Conv, padding="VALID")
+        x = jnp.transpose(x, (0, 2, 3, 1))
+        x = x / 255.0
+        x = nn.relu(conv(32, kernel_size=(8, 8), strides=(4, 4))(x))
+        x = nn.relu(conv(64, kernel_size=(4, 4), strides=(2, 2))(x))
+        x = nn.relu(conv(64, kernel_size=(3, 3), strides=(1, 1))(x))
+        x = x.reshape((x.shape[0], -1))
+        x = nn.relu(nn.Dense(512)(x))
         return nn.Dense(self.num_actions)(x)
 
 
-def test_flax_models_of_others_and_of_ours_are_read(tmp_path):
-    theirs = FlaxTeacher(6)
-    params = theirs.init(jax.random.PRNGKey(3), OBS.numpy())
-    (tmp_path / "teacher").write_bytes(serialization.to_bytes(params))
-    network, loaded = load_network(tmp_path / "teacher", 6, "--teacher")
-    np.testing.assert_allclose(
-        network.apply(loaded, OBS.numpy()), theirs.apply(params, OBS.numpy()), atol=1e-6
-    )
+def flax_teacher(num_actions: int) -> tuple[nn.Module, dict]:
+    network = FlaxTeacher(num_actions)
+    return network, network.init(jax.random.PRNGKey(3), OBS.numpy())
+
+
+def bundled(game: str) -> Path:
+    return TEACHERS / f"{game}NoFrameskip-v4.cleanrl_model"
+
+
+def test_flax_models_of_others_are_read(tmp_path):
+    network, params = flax_teacher(6)
+    path = tmp_path / "model"
+    path.write_bytes(serialization.to_bytes(params))
+
+    loaded = load_network(path, 6, "--teacher")
+    np.testing.assert_allclose(answer(*loaded), answer(network, params), atol=1e-6)
+
+
+def test_flax_models_of_ours_are_read(tmp_path):
     student = Learner(Args(), 6)
-    (tmp_path / "student").write_bytes(serialization.to_bytes(student.params))
-    network, loaded = load_network(tmp_path / "student", 6, "--teacher")
+    path = tmp_path / "model"
+    path.write_bytes(serialization.to_bytes(student.params))
+
+    network, params = load_network(path, 6, "--teacher")
     assert network == NETWORKS["impala"](6)
-    expected = student.network.apply(student.params, OBS.numpy())
-    assert (np.asarray(network.apply(loaded, OBS.numpy())) == np.asarray(expected)).all()
+    assert np.array_equal(answer(network, params), answer(student.network, student.params))
 
 
 @pytest.mark.parametrize("game, num_actions", [("Breakout", 4), ("Pong", 6), ("BeamRider", 9)])
 def test_bundled_teachers_are_the_same_in_both(game, num_actions):
-    path = TEACHERS / f"{game}NoFrameskip-v4.cleanrl_model"
-    network, params = load_network(path, num_actions, "--teacher")
-    expected = sibling.load_network(path, num_actions, "--teacher")(OBS)
-    np.testing.assert_allclose(network.apply(params, OBS.numpy()), expected, atol=1e-4, rtol=1e-5)
+    ours = load_network(bundled(game), num_actions, "--teacher")
+    theirs = sibling.load_network(bundled(game), num_actions, "--teacher")
+    np.testing.assert_allclose(answer(*ours), theirs(OBS), atol=1e-4, rtol=1e-5)
 
 
-@pytest.mark.parametrize("algorithm, options", AGENTS[1:3])
+@pytest.mark.parametrize("algorithm, options", [(QRDQN, {"n_quantiles": 50}), (PPO, {})])
 def test_agents_of_stable_baselines3_are_the_same_in_both(tmp_path, algorithm, options):
-    sb3(tmp_path / "a.zip", algorithm, num_actions=6, **options)
-    network, params = load_network(tmp_path / "a.zip", 6, "--teacher", 0.3)
-    expected = sibling.load_network(tmp_path / "a.zip", 6, "--teacher", 0.3)(OBS)
-    np.testing.assert_allclose(network.apply(params, OBS.numpy()), expected, atol=1e-5, rtol=1e-5)
+    path = tmp_path / "a.zip"
+    temperature = 0.3
+    sb3(path, algorithm, num_actions=6, **options)
+
+    ours = load_network(path, 6, "--teacher", temperature)
+    theirs = sibling.load_network(path, 6, "--teacher", temperature)
+    np.testing.assert_allclose(answer(*ours), theirs(OBS), atol=1e-5, rtol=1e-5)
 
 
 def test_a_model_that_is_none_is_refused_in_a_line_and_runs_nothing(tmp_path):
     victim = tmp_path / "victim"
-    params = jax.tree.map(np.asarray, FlaxTeacher(4).init(jax.random.PRNGKey(0), OBS.numpy()))
+    code = saved(Malicious(victim))
+    _, params = flax_teacher(4)
+    _, of_another_game = flax_teacher(6)
     whole = serialization.to_bytes(params)
     bad = {
         "cut": whole[:-9],
         "empty": b"",
         "noise": bytes(range(256)),
-        "code": saved(Malicious(victim)),
-    }
-    bad |= {
-        "pickle": b"\x80" + saved(Malicious(victim)),
-        "another game": serialization.to_bytes(
-            FlaxTeacher(6).init(jax.random.PRNGKey(0), OBS.numpy())
-        ),
+        "code": code,
+        "pickle": b"\x80" + code,
+        "another game": serialization.to_bytes(of_another_game),
         "no layers": serialization.to_bytes({"params": {}}),
+        "torch": saved({name: torch.zeros(3) for name in "abcd"}),
     }
-    bad |= {"torch": saved({name: torch.zeros(3) for name in "abcd"})}
     for name, content in bad.items():
-        (tmp_path / name).write_bytes(content)
-        with pytest.raises(qdagger.UserError, match=f"--teacher {tmp_path / name}: "):
-            load_network(tmp_path / name, 4, "--teacher")
+        path = tmp_path / name
+        path.write_bytes(content)
+        with pytest.raises(UserError) as refusal:
+            load_network(path, 4, "--teacher")
+        (line,) = str(refusal.value).splitlines()
+        assert line.startswith(f"--teacher {path}: "), name
+
     assert not victim.exists()
+
+
+# --- The same runs ---
 
 
 class Tiny(nn.Module):
@@ -349,255 +503,331 @@ class Tiny(nn.Module):
     @nn.compact
     def __call__(self, obs):
         x = qdagger.normalized(obs, self.dtype)
-        x = nn.relu(nn.Conv(4, (12, 12), 12, padding="VALID")(x)).reshape(len(obs), -1)
-        return nn.Dense(self.num_actions)(nn.relu(nn.Dense(32)(x)))
+        x = nn.Conv(4, (12, 12), 12, padding="VALID")(x)  # 84 to 7 pixels a side
+        x = nn.relu(x).reshape(len(obs), -1)
+        x = nn.relu(nn.Dense(32)(x))
+        return nn.Dense(self.num_actions)(x)
 
 
-SMALL = dict(
-    teacher_steps=512,
-    offline_steps=20,
-    total_timesteps=320,
-    learning_starts=160,
-    buffer_size=240,
-    num_envs=8,
-)
-SMALL |= dict(
-    network="nature",
-    batch_size=4,
-    target_network_frequency=40,
-    teacher_eval_episodes=1,
-    eval_episodes=1,
-)
-SMALL |= dict(
-    final_learning_rate=1e-5,
-    eval_frequency=100,
-    train_frequency=8,
-    save_model=True,
-    checkpoint_frequency=0,
-)
+def tiny_teacher(action: int) -> bytes:
+    """A model that is fond of this action, in games of four."""
+    params = Tiny(4).init(jax.random.PRNGKey(0), OBS.numpy())
+    last_layer = params["params"]["Dense_1"]
+    last_layer["bias"] = last_layer["bias"].at[action].set(5.0)
+    return serialization.to_bytes(params)
 
 
 @pytest.fixture
-def go(monkeypatch, tmp_path, tmp_path_factory):
-    """go(run, at, kill, games, **changes): train, on Clockwork unless told otherwise, or resume `run`; the directory.
+def go(monkeypatch, tmp_path_factory):
+    """go(run, at, what, kill, games, **changes): train on Clockwork, or resume `run`.
 
-    At the `at`-th event (a row of games, an update, a checkpoint) a signal comes, or all ends at once.
+    It returns the directory. `at`, `what` and `kill` are those of Interruption.plan. `go.events`
+    are of the last call: a "row" of games, an "update", and (phase, step) of each checkpoint that
+    is about to be written.
     """
-    events, stop, plan = [], [], {}
+    teacher = tmp_path_factory.mktemp("models") / "teacher"
+    teacher.write_bytes(tiny_teacher(action=3))
+    interruption = Interruption()
+
+    def place(run: Run, *_) -> tuple[str, int]:
+        return run.progress.phase, run.progress.step
+
+    interruption.spy(monkeypatch, Clockwork, "step_wait", always("row"))
+    interruption.spy(monkeypatch, Learner, "gradient_step", always("update"))
+    interruption.spy(monkeypatch, Run, "checkpoint", place)
     monkeypatch.setitem(NETWORKS, "nature", Tiny)
-    params = NETWORKS["nature"](4).init(jax.random.PRNGKey(0), OBS.numpy())
-    params["params"]["Dense_1"]["bias"] = params["params"]["Dense_1"]["bias"].at[1].set(5.0)
-    (tmp_path / "teacher").write_bytes(serialization.to_bytes(params))
 
-    def spy(owner, name):
-        method = getattr(owner, name)
-
-        def spied(*args):
-            events.append(name)
-            if len(events) == plan["at"]:
-                stop.append(signal.SIGTERM)
-                if plan["kill"]:
-                    raise SystemExit
-            return method(*args)
-
-        monkeypatch.setattr(owner, name, spied)
-
-    for owner, name in (
-        (Clockwork, "step_wait"),
-        (Learner, "gradient_step"),
-        (qdagger.Run, "checkpoint"),
-    ):
-        spy(owner, name)
-
-    def go(run=None, at=-1, kill=False, games=Clockwork, **changes) -> Path:
-        if not run:
+    def go(
+        run: Path | None = None,
+        at: int = -1,
+        what=None,
+        kill: bool = False,
+        games=Clockwork,
+        **changes,
+    ) -> Path:
+        interruption.events.clear()
+        interruption.plan(at, what, kill)
+        if run is None:
             monkeypatch.chdir(tmp_path_factory.mktemp("run"))
-        monkeypatch.setattr(qdagger, "AtariGames", games)
-        monkeypatch.setattr(
-            qdagger, "seeds_for", seeds_in_a_row if games is Clockwork else seeds_for
-        )
-        events.clear(), stop.clear(), plan.update(at=at, kill=kill)
-        before = SMALL | {"teacher": str(tmp_path / "teacher")}
-        before = qdagger.load_checkpoint(run)["args"] | {"resume": str(run)} if run else before
-        with suppress(qdagger.Stopped, SystemExit):
-            qdagger.train(Args(**before | changes), stop)
-        return run or next(Path("runs").absolute().glob("*"))
+            flags = NEW | {"teacher": str(teacher)}
+        else:
+            flags = load_checkpoint(run)["args"] | {"resume": str(run)}
 
-    go.events = events
+        with monkeypatch.context() as patch, suppress(Stopped, SystemExit):
+            patch.setattr(qdagger, "AtariGames", games)
+            if games is Clockwork:
+                patch.setattr(qdagger, "seeds_for", seeds_in_a_row)
+            qdagger.train(Args(**flags | changes), interruption.signals)
+
+        if run is None:
+            (run,) = Path("runs").absolute().glob("*")
+        return run
+
+    go.events = interruption.events
     return go
 
 
 def state(run: Path) -> dict:
     """The last checkpoint, but for what may differ."""
-    content = flatten_dict(serialization.to_state_dict(qdagger.load_checkpoint(run)), sep="/")
-    return {
-        name: value
-        for name, value in content.items()
-        if not name.startswith(("args/", "progress/seconds"))
-    }
+    content = load_checkpoint(run)
+    del content["args"]
+    del content["progress"]["seconds"]
+    return content
+
+
+def values(logged: list[tuple[int, float]]) -> np.ndarray:
+    """Of a tag's points, without their steps."""
+    return np.array([value for _, value in logged])
+
+
+def same(one, other) -> bool:
+    """Whether all values are equal, in dictionaries and lists of any depth."""
+    if jax.tree.structure(one) != jax.tree.structure(other):
+        return False
+    return jax.tree.all(jax.tree.map(np.array_equal, one, other))
 
 
 def test_a_run_stopped_or_killed_goes_on_as_if_nothing_had_happened(go):
-    """In games, updates and evaluations; offline, and where no games are cut off, bit for bit; the same seed twice."""
-    whole, exact = go(), 0
-    count, updates = len(go.events), go.events.count("gradient_step")
-    assert updates == 40 and state(whole)["progress/step"] == 320
-    for nth, at in enumerate(range(12, count, 14)):
-        run = go(at=at, kill=nth % 2 > 0, checkpoint_frequency=8)
-        stopped = qdagger.load_checkpoint(run)
-        assert (
-            go(run) == run and state(run)["progress/step"] == 320 and steps(run) == steps(whole)
-        ), at
-        replay, phase = stopped["replay"], stopped["progress"]["phase"]
-        envs, rows = (64, 8) if phase == "teacher buffer" else (8, 30)
-        last = (int(replay["written"]) - 1) % rows * envs
-        if phase == "offline" or replay["excluded"][last : last + envs].all():
-            ours, theirs = state(run), state(whole)
-            assert ours.keys() == theirs.keys() and points(run) == points(whole)
-            assert all(np.array_equal(ours[name], theirs[name]) for name in ours), at
-            exact += 1
-    assert exact >= 3
-    run = go(at=1, offline_steps=0, teacher="none")  # after the first row
-    assert state(run)["progress/step"] == 8 and state(go(run))["progress/step"] == 320
-    content = qdagger.load_checkpoint(whole)
-    model = jax.tree.leaves(load_network(next(whole.glob("*.cleanrl_model")), 4, "--evaluate")[1])
-    assert all(
-        (saved == own).all() for saved, own in zip(content["params"], model)
-    )  # the online network comes first
+    """In games, updates and evaluations.
+
+    Offline, and where no row is cut off whose games are lost, it ends the same bit for bit.
+    """
+    whole = go()
+    whole_state = state(whole)
+    whole_points = points(whole)
+    events = go.events.copy()
+    assert whole_state["progress"]["step"] == 320
+    assert events.count("update") == 40
+
+    num_exact = 0
+    for nth, at in enumerate(range(12, len(events), 14)):
+        run = go(at=at, kill=nth % 2 == 1, checkpoint_frequency=8)
+        stop = state(run)
+        assert go(run) == run
+
+        end = state(run)
+        assert end["progress"]["step"] == 320, at
+        assert steps(run) == steps(whole), at
+        if exactly_restored(stop):
+            num_exact += 1
+            assert same(end, whole_state), at
+            assert points(run) == whole_points, at
+
+    assert num_exact >= 3
 
 
-def test_three_phases_on_real_games_log_every_tag_along_its_own_axis(go):
-    run = go(games=qdagger.AtariGames, offline_steps=100, total_timesteps=400, eval_frequency=0)
-    logged = points(run)
-    tags = {
+def test_a_run_stopped_in_its_first_row_goes_on(go):
+    run = go(at=1, offline_steps=0, teacher="none")
+    assert state(run)["progress"]["step"] == 8
+
+    go(run)
+    assert state(run)["progress"]["step"] == 320
+
+
+def test_the_saved_model_is_the_online_network(go):
+    run = go(target_network_frequency=1000)
+    (path,) = run.glob("*.cleanrl_model")
+    _, params = load_network(path, 4, "--evaluate")
+
+    content = load_checkpoint(run)
+    model = jax.tree.leaves(params)
+    assert same(model, content["params"])
+    assert not same(model, content["target_params"])
+
+
+def test_three_phases_on_real_games_log_every_tag_along_its_own_axis(go, tmp_path):
+    teacher = tmp_path / "teacher"
+    teacher.write_bytes(tiny_teacher(action=qdagger.FIRE))  # in Breakout that scores 2
+    run = go(
+        games=qdagger.AtariGames,
+        teacher=str(teacher),
+        offline_steps=100,
+        total_timesteps=400,
+        eval_frequency=0,
+    )
+    logged_at = steps(run)
+
+    # Strides of 8 that end at or after hundreds; the student learns from 160 on.
+    online = [204, 300, 404, 500]
+    learning = [300, 404, 500]
+    expected = {
         "charts/teacher/avg_episodic_return": [0],
         "charts/offline/avg_episodic_return": [0, 100],
+        "charts/offline/loss": [100],
+        "charts/offline/q_loss": [100],
+        "charts/offline/distill_loss": [100],
+        "charts/epsilon": online,
+        "charts/distill_coeff": online,
+        "charts/learning_rate": online,
+        "losses/loss": learning,
+        "losses/td_loss": learning,
+        "losses/distill_loss": learning,
+        "losses/q_values": learning,
+        "eval/episodic_return": [500],
     }
-    tags |= {f"charts/offline/{name}": [100] for name in ("loss", "q_loss", "distill_loss")}
-    tags |= {
-        f"charts/{name}": [204, 300, 404, 500]
-        for name in ("epsilon", "distill_coeff", "learning_rate")
-    }
-    tags |= {
-        f"losses/{name}": [300, 404, 500]
-        for name in ("loss", "td_loss", "distill_loss", "q_values")
-    }
-    tags |= {"eval/episodic_return": [500]}
-    seen, of_games = steps(run), {"charts/episodic_return", "charts/episodic_length"}
-    assert {tag: seen[tag] for tag in tags} == tags and seen.keys() - tags.keys() <= of_games
-    loss, td, kl = (
-        [value for _, value in logged[f"losses/{name}"]]
-        for name in ("loss", "td_loss", "distill_loss")
-    )
-    assert loss == pytest.approx(np.add(td, 3 * np.array(kl)), rel=1e-4) and min(kl) > 0
+    for tag in ("charts/episodic_return", "charts/episodic_length"):
+        if tag in logged_at:
+            expected[tag] = logged_at[tag]  # whenever a game ends, if one does
+    assert logged_at == expected
+
+    logged = points(run)
+    loss = values(logged["losses/loss"])
+    td_loss = values(logged["losses/td_loss"])
+    distill_loss = values(logged["losses/distill_loss"])
+    assert loss == pytest.approx(td_loss + 3 * distill_loss, rel=1e-4)
+    assert distill_loss.min() > 0
 
 
 def test_lambda_is_informed_by_the_last_offline_evaluation(go):
-    """Its ten games are the first of the ten returns, also after a resume at the first online step."""
+    """Its ten games are the first of the ten returns, also after a resume at the first online step.
+
+    Each game online then replaces the oldest.
+    """
     ten_games = dict(eval_episodes=10, eval_frequency=0)
-    run = go(**ten_games)
-    events = go.events.copy()
-    logged = points(run)
-    (_, teacher), *_ = logged["charts/teacher/avg_episodic_return"]
-    offline = qdagger.load_checkpoint(go(total_timesteps=0, **ten_games))["progress"]["scores"]
-    assert logged["charts/offline/avg_episodic_return"][-1] == (20, pytest.approx(np.mean(offline)))
-    played = [(step - 20, value) for step, value in logged["charts/episodic_return"]]
-    for step, value in logged["charts/distill_coeff"]:
-        last = [*offline, *(score for ended, score in played if ended <= step - 20 - 8)][-10:]
-        assert value == pytest.approx(np.clip(1 - np.mean(last) / teacher, 0, 1), abs=1e-6)
-    assert logged["charts/distill_coeff"][0][1] < 1
-    last_update_offline = [at for at, event in enumerate(events, 1) if event == "gradient_step"][19]
-    saved_after = last_update_offline + events[last_update_offline:].index("checkpoint") + 1
-    stopped = go(at=saved_after, **ten_games)
-    progress = qdagger.load_checkpoint(stopped)["progress"]
-    assert (progress["phase"], progress["step"]) == ("offline", 20)
-    assert points(go(stopped))["charts/distill_coeff"] == logged["charts/distill_coeff"]
+    whole = points(go(**ten_games))
+    without_online = go(total_timesteps=0, **ten_games)
+    offline_scores = load_checkpoint(without_online)["progress"]["scores"]
+    last_evaluation = whole["charts/offline/avg_episodic_return"][-1]
+    assert last_evaluation == (20, pytest.approx(np.mean(offline_scores)))
+
+    _, teacher_return = whole["charts/teacher/avg_episodic_return"][0]
+    lambdas = whole["charts/distill_coeff"]
+    for step, lambda_ in lambdas:
+        row_begins = step - 8
+        online_scores = [
+            score for ended, score in whole["charts/episodic_return"] if ended <= row_begins
+        ]
+        last_ten = (offline_scores + online_scores)[-10:]
+        expected = np.clip(1 - np.mean(last_ten) / teacher_return, 0, 1)
+        assert lambda_ == pytest.approx(expected, abs=1e-6)
+    _, first_lambda = lambdas[0]
+    assert 0 < first_lambda < 1
+
+    run = go(at=1, what=("offline", 20), **ten_games)
+    progress = load_checkpoint(run)["progress"]
+    assert progress["phase"] == "offline"
+    assert progress["step"] == 20
+    assert points(go(run))["charts/distill_coeff"] == lambdas
 
 
 def test_without_a_teacher_it_is_plain_dqn(go):
     logged = points(go(teacher="none"))
-    assert not [
-        tag for tag in logged if "teacher" in tag or "offline" in tag or "distill_loss" in tag
-    ]
-    assert logged["losses/loss"] == logged["losses/td_loss"] and not any(
-        v for _, v in logged["charts/distill_coeff"]
-    )
+
+    for word in ("teacher", "offline", "distill_loss"):
+        assert word not in " ".join(logged)
+    assert logged["losses/loss"] == logged["losses/td_loss"]
+    assert (values(logged["charts/distill_coeff"]) == 0).all()
 
 
-def test_a_damaged_checkpoint_costs_the_way_back_to_the_one_before_and_runs_nothing(
-    go, tmp_path, capfd
+@pytest.fixture
+def stopped(go) -> Path:
+    """A run that was stopped in its 12th offline update; the checkpoint before is of the tenth."""
+    run = go(at=12, what="update", checkpoint_frequency=10)
+    assert go.events[-1] == ("offline", 12)
+    return run
+
+
+@pytest.mark.parametrize("kind", ["cut", "garbage", "malicious"])
+def test_a_damaged_checkpoint_costs_the_way_back_to_the_one_before(
+    go, stopped, tmp_path, capfd, kind
 ):
-    run, victim = go(at=24, checkpoint_frequency=4), tmp_path / "victim"
-    path = run / "checkpoint.npz"
-    before, whole = qdagger.load_checkpoint(run), go()
-    for kind in ("cut", "garbage", "malicious"):
-        copied = Path(shutil.copytree(run, tmp_path / kind))
-        if kind == "malicious":
-            np.savez(
-                copied / "checkpoint.npz",
-                state=np.array([Malicious(victim)], dtype=object),
-                allow_pickle=True,
-            )
-        else:
-            (copied / "checkpoint.npz").write_bytes(
-                path.read_bytes()[:-99] if kind == "cut" else bytes(5000)
-            )
-        earlier = qdagger.load_checkpoint(copied)["progress"]
-        assert "cannot be read" in capfd.readouterr().out and earlier != before["progress"]
-        assert state(go(copied))["progress/step"] == state(whole)["progress/step"]
-        (copied / "checkpoint.npz").write_bytes(b"")
-        (copied / "checkpoint.previous.npz").write_bytes(b"")
-        with pytest.raises(qdagger.UserError, match="no checkpoint"):
-            qdagger.load_checkpoint(copied)
+    """If both are damaged, nothing is left. No damage runs code."""
+    path = stopped / "checkpoint.npz"
+    victim = tmp_path / "victim"
+    if kind == "cut":
+        path.write_bytes(path.read_bytes()[:-99])
+    elif kind == "garbage":
+        path.write_bytes(bytes(5000))
+    else:
+        np.savez(path, state=np.array([Malicious(victim)], dtype=object))
+    copied = Path(shutil.copytree(stopped, tmp_path / "copy"))
+
+    # It goes on from the checkpoint before.
+    capfd.readouterr()
+    assert load_checkpoint(stopped)["progress"]["step"] == 10
+    assert f"--resume: {path} cannot be read: " in capfd.readouterr().out
+    assert state(go(stopped))["progress"]["step"] == 320
+
+    # Both are damaged.
+    shutil.copy(copied / "checkpoint.npz", copied / "checkpoint.previous.npz")
+    with pytest.raises(UserError, match="no checkpoint"):
+        load_checkpoint(copied)
     assert not victim.exists()
-    for name in ("params", "replay", "progress"):  # of another version
-        content = {key: before[key] for key in before if key != name}
-        np.savez(path, state=np.frombuffer(serialization.msgpack_serialize(content), np.uint8))
-        with pytest.raises(qdagger.UserError):
-            qdagger.train(Args(**before["args"] | {"resume": str(run)}))
+
+
+def test_a_checkpoint_of_another_version_is_refused(go, stopped):
+    whole = load_checkpoint(stopped)
+    for part in ("params", "replay", "progress"):
+        content = whole.copy()
+        del content[part]
+        packed = np.frombuffer(serialization.msgpack_serialize(content), np.uint8)
+        np.savez(stopped / "checkpoint.npz", state=packed)
+        with pytest.raises(UserError, match="does not fit"):
+            go(stopped)
+
+
+# --- As a program ---
+
+
+def program(directory: Path, *flags) -> subprocess.CompletedProcess:
+    command = [sys.executable, qdagger.__file__, "--no-cuda", *map(str, flags)]
+    return subprocess.run(command, cwd=directory, capture_output=True, text=True)
 
 
 def test_real_signals_and_a_kill_end_the_program_and_it_goes_on(tmp_path):
-    """As from a terminal, with Pong's bundled teacher, whose games are short when half of its actions are random."""
-    flags = "--env-id PongNoFrameskip-v4 --network nature --num-envs 1 --teacher-steps 112 --offline-steps 20 "
-    flags += "--learning-starts 60 --buffer-size 100 --batch-size 4 --teacher-eval-episodes 1 --eval-episodes 1 "
-    flags += "--checkpoint-frequency 20 --seed 3 --end-e 0.5 --return-baseline random --no-cuda --teacher"
-    command = [qdagger.__file__, *flags.split(), str(TEACHERS / "PongNoFrameskip-v4.cleanrl_model")]
-    run = interrupted(command, "checkpoint.npz", (signal.SIGTERM, signal.SIGKILL), tmp_path)
-    last = 20 + qdagger.load_checkpoint(run)["progress"]["step"]
+    """As from a terminal.
+
+    Games of Pong's bundled teacher are short when half of its actions are random.
+    """
+    command = [
+        qdagger.__file__,
+        f"--env-id={PONG}",
+        f"--teacher={bundled('Pong')}",
+        "--network=nature",
+        "--num-envs=1",
+        "--teacher-steps=112",
+        "--offline-steps=20",
+        "--learning-starts=60",
+        "--buffer-size=100",
+        "--batch-size=4",
+        "--teacher-eval-episodes=1",
+        "--eval-episodes=1",
+        "--checkpoint-frequency=20",
+        "--seed=3",
+        "--end-e=0.5",
+        "--return-baseline=random",
+        "--no-cuda",
+    ]
+    run = interrupted(command, "checkpoint.npz", [signal.SIGTERM, signal.SIGKILL], tmp_path)
+
+    last = 20 + load_checkpoint(run)["progress"]["step"]
     assert steps(run)["charts/distill_coeff"] == list(range(120, last + 1, 100))
 
 
-def test_wrong_flags_get_a_line_and_a_model_is_evaluated(tmp_path):
-    def program(*flags) -> subprocess.CompletedProcess:
-        command = [sys.executable, qdagger.__file__, "--no-cuda", *map(str, flags)]
-        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-
-    for flags, words in (
-        ("--gamma 2", "--gamma 2.0: "),
-        ("--teacher missing", "--teacher missing: "),
-    ):
-        done = program(*flags.split())
-        assert (
-            done.returncode == 2
-            and f"error: {words}" in done.stderr
-            and "Traceback" not in done.stderr
-        )
+@pytest.mark.parametrize(
+    "flag, value, message",
+    [
+        ("--gamma", "2", "error: --gamma 2.0: "),
+        ("--teacher", "missing", "error: --teacher missing: "),
+    ],
+)
+def test_a_wrong_flag_gets_a_line_and_makes_no_run(tmp_path, flag, value, message):
+    done = program(tmp_path, flag, value)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
     assert not (tmp_path / "runs").exists()
-    model = TEACHERS / "PongNoFrameskip-v4.cleanrl_model"
-    flags = [
-        "--env-id",
-        "PongNoFrameskip-v4",
-        "--evaluate",
-        model,
-        "--eval-episodes",
-        2,
-        "--end-e",
-        0.5,
-    ]
-    done = program(*flags)
-    args = Args(env_id="PongNoFrameskip-v4", end_e=0.5)
-    scores = qdagger.evaluate(partial(qdagger.act, *load_network(model, 6, "--evaluate")), args, 2)
-    assert done.returncode == 0 and done.stdout.splitlines()[-3:-1] == [
-        f"game {n}: {s:g}" for n, s in enumerate(scores, 1)
-    ]
+
+
+def test_a_model_is_evaluated(tmp_path):
+    model = bundled("Pong")
+    flags = [f"--env-id={PONG}", f"--evaluate={model}", "--eval-episodes=2", "--end-e=0.5"]
+    done = program(tmp_path, *flags)
+
+    policy = partial(qdagger.act, *load_network(model, 6, "--evaluate"))
+    args = Args(env_id=PONG, end_e=0.5)
+    first, second = qdagger.evaluate(policy, args, episodes=2)
+    *_, first_line, second_line, _ = done.stdout.splitlines()
+    assert done.returncode == 0
+    assert first_line == f"game 1: {first:g}"
+    assert second_line == f"game 2: {second:g}"

@@ -13,6 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from unittest.mock import MagicMock
 
+import numpy as np
 import pytest
 import torch
 from conftest import PROGRAM, Malicious, interrupted, points, refusal, saved
@@ -168,7 +169,8 @@ def exactly_restored(content: dict) -> bool:
         num_envs = 8
         rows = 30
     last_row = (replay["written"] - 1) % rows
-    return replay["excluded"].view(-1, num_envs)[last_row].all().item()
+    excluded = np.asarray(replay["excluded"]).reshape(-1, num_envs)
+    return bool(excluded[last_row].all())
 
 
 @pytest.mark.parametrize("kill", [False, True])
