@@ -268,6 +268,57 @@ def test_a_batch_gives_both_the_same_loss_gradient_and_weights(name, huber, monk
     assert int(ours.opt_state.count) == 3
 
 
+# --- Random numbers, which here follow from a key and the number of a step ---
+
+
+class Echo(nn.Module):
+    """Its observations are Q-values already."""
+
+    @nn.compact
+    def __call__(self, obs):
+        return obs
+
+
+def test_act_explores_uniformly_as_often_as_epsilon_says_and_anew_at_each_step():
+    q_values = np.random.default_rng(0).normal(size=(90_000, 4))
+    best = q_values.argmax(1)
+    key = jax.random.PRNGKey(0)
+
+    def act(step: int, epsilon: float) -> np.ndarray:
+        actions, returned = qdagger.act(Echo(), {}, key, step, q_values, epsilon)
+        np.testing.assert_allclose(returned, q_values, rtol=1e-6)
+        return np.asarray(actions)
+
+    assert np.array_equal(act(step=7, epsilon=0.0), best)
+
+    actions = act(step=7, epsilon=0.4)
+    actions_next = act(step=8, epsilon=0.4)
+    assert np.array_equal(act(step=7, epsilon=0.4), actions)
+
+    # Of four actions, a random one is the best in a quarter of all cases.
+    shares = np.bincount((actions - best) % 4) / len(best)
+    assert shares == pytest.approx([0.7, 0.1, 0.1, 0.1], abs=0.01)
+    best_twice = np.mean((actions == best) & (actions_next == best))
+    assert best_twice == pytest.approx(0.7**2, abs=0.01)
+
+
+def test_each_update_draws_another_batch():
+    """With a learning rate of 0, a loss that changes is that of other transitions."""
+    learner = Learner(Args(network="nature", learning_rate=0.0), 4)
+    rewards = np.random.default_rng(0).normal(size=400)
+    replay = FrameReplay.create(400, 4, 4).replace(
+        rewards=jnp.asarray(rewards, jnp.float32),
+        excluded=jnp.zeros(400, bool),
+        written=jnp.int32(100),
+    )
+
+    losses = set()
+    for _ in range(3):
+        learner.gradient_step(replay)
+        losses.add(learner.read_metrics()["td_loss"])
+    assert len(losses) == 3
+
+
 # --- The same replay ---
 
 
