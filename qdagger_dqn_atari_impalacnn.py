@@ -106,7 +106,7 @@ def bfloat16_is_faster() -> bool:
 @dataclass
 class Args:
     # run
-    exp_name: str = Path(__file__).stem  # name of the experiment, part of the run's name
+    exp_name: str = Path(__file__).stem  # names the run and its files
     seed: int = 1  # seeds networks, exploration, sampling and games
     torch_deterministic: bool = True  # let cuDNN choose deterministic kernels only
     cuda: bool = True  # train on the GPU if there is one
@@ -114,7 +114,7 @@ class Args:
     wandb_project_name: str = "cleanRL"  # project at Weights & Biases
     wandb_entity: str | None = None  # user or team at Weights & Biases
     capture_video: bool = False  # film a game of each evaluation to runs/RUN/videos (extra `video`)
-    save_model: bool = False  # write the network to runs/RUN at each evaluation and checkpoint
+    save_model: bool = False  # keep the last network and that of the best evaluation in runs/RUN
     upload_model: bool = False  # publish the run on the Hugging Face hub at the end
     hf_entity: str = ""  # user or organisation on the hub; empty: whoever is logged in
 
@@ -125,7 +125,7 @@ class Args:
 
     # DQN
     network: Literal["impala", "nature"] = "impala"  # architecture of the network that learns
-    total_timesteps: int = 10_000_000  # environment steps of the online phase
+    total_timesteps: int = 10_000_000  # steps of the online phase; --resume may raise it
     learning_rate: float = 1e-4  # Adam's step size; with --final-learning-rate, that at lambda = 1
     final_learning_rate: float | None = None  # Adam's step size at lambda = 0; unset: constant
     adam_eps: float = 1e-8  # Adam's epsilon
@@ -151,7 +151,7 @@ class Args:
     distill_latch: bool = False  # once lambda was 0, keep it there
     return_baseline: Literal["zero", "random"] = "zero"  # score taken off both returns in lambda
     teacher: str = "auto"  # auto (hub, else bundled), none (DQN from scratch), or a model's PATH
-    teacher_policy_hf_repo: str | None = None  # the teacher's hub repository; unset: CleanRL's
+    teacher_policy_hf_repo: str | None = None  # hub REPO or REPO@REVISION; unset: CleanRL's
     teacher_model_exp_name: str = "dqn_atari"  # the teacher's file on the hub, without its ending
     teacher_eval_episodes: int = 10  # games that measure the teacher
     teacher_buffer: str | None = None  # file to read the teacher's buffer from, or to write it to
@@ -1105,7 +1105,7 @@ class Run:
             self.device = torch.device("cuda")
             self.facts["device"] = torch.cuda.get_device_name()
         elif args.cuda:
-            print("--cuda: no GPU found; on this CPU ten million steps take days, see README")
+            print("--cuda: no GPU found; on this CPU ten million steps take days")
         # Its own, so that the student is the same if --teacher-buffer makes this phase needless.
         seed = seeds_for("teacher buffer", args.seed, 1)[0]
         self.teacher_generator = torch.Generator(self.device).manual_seed(int(seed))

@@ -63,30 +63,43 @@ SAME = [
     "UserError",
     "Stopped",
     "user_error",
+    "reason",
     "compute_lambda",
     "linear_schedule",
     "due",
+    "fewest_steps",
     "FinishedGame",
     "GameStep",
     "AtariGames",
     "Learner.read_metrics",
     "Progress",
     "fade_teacher",
-    "Run.open",
+    "Run.track",
+    "Run.open_log",
+    "Run.lock",
+    "Run.writing",
     "Run.log",
     "Run.checkpoint_if_due",
     "Run.made_with",
     "Run.finish",
     "seeds_for",
     "open_film",
+    "Film",
+    "try_to_film",
+    "load",
     "load_sb3",
+    "hub_is_silent",
     "find_teacher",
     "check_upload",
+    "hub_name",
     "upload",
     "refuse",
     "validate",
+    "name_idle_flags",
     "check_unchanged",
     "parse_flags",
+    "check_names",
+    "ignore_full_disk",
 ]
 
 
@@ -334,7 +347,7 @@ class MutableReplay:
     def add(self, frames, step: sibling.GameStep, teacher_q_values) -> None:
         obs = np.asarray(frames)[:, None]
         q_values = np.asarray(teacher_q_values)
-        self.replay = self.replay.add(obs, qdagger.without_games(step), q_values)
+        self.replay = self.replay.add(obs, qdagger.without_finished(step), q_values)
 
     def sample(self, batch_size: int, n_step: int, gamma: float, _) -> sibling.Batch:
         self.draws += 1

@@ -17,6 +17,7 @@ TESTS = [
     "tests/test_replay.py",
     "tests/test_games.py",
     "tests/test_accelerated.py",
+    "tests/test_outside.py",
     "tests/test_train.py",
     "tests/test_resume.py",
     "tests/test_teacher.py",

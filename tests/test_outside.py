@@ -101,7 +101,7 @@ def test_a_log_gets_its_line_of_progress_every_half_minute():
 
 
 def hang_up_while_it_trains(command: list, directory: Path) -> int:
-    """Start a program in a terminal of its own, close that once there is a checkpoint; exit code."""
+    """Exit code of a program whose terminal is closed once there is a checkpoint."""
 
     def has_checkpoint() -> bool:
         return any(directory.glob("runs/*/checkpoint.pt"))
