@@ -255,7 +255,9 @@ def user_error(problem: str) -> Iterator[None]:
 
 
 def reason(error: BaseException) -> str:
-    """What an error says, in a line."""
+    """What an error says, in a line; or what the operating system had said before it."""
+    while isinstance(error.__context__, OSError):
+        error = error.__context__
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 300 else text[:300] + "…"
 

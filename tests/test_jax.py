@@ -690,7 +690,7 @@ def test_a_run_stopped_in_its_first_row_goes_on(go):
 
 def test_the_saved_model_is_the_online_network(go):
     run = go(target_network_frequency=1000)
-    (path,) = run.glob("*.cleanrl_model")
+    path = run / f"{Args.exp_name}.cleanrl_model"
     _, params = load_network(path, 4, "--evaluate")
 
     content = load_checkpoint(run)
