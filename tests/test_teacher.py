@@ -252,7 +252,7 @@ def test_repository_and_file_follow_the_flags(hub):
         check(f"sb3/{name}", f"{name}.zip", teacher_policy_hf_repo=f"sb3/{name}")
 
     revision = "bob/teachers@v2"
-    hub.commit_hash = "v2".encode().hex().ljust(40, "0")
+    hub.commit_hash = b"v2".hex().ljust(40, "0")
     check(revision, "c51_atari.cleanrl_model", teacher_policy_hf_repo=revision)
 
     hub.requests.clear()
