@@ -20,8 +20,8 @@ MUTANTS = {
     ),
     "Huber where the square is asked for": ("    if huber:", "    if not huber:"),
     "the student values the next observation": (
-        "self.target_network(batch.next_obs)",
-        "self.q_network(batch.next_obs)",
+        "partial(self.target_network, batch.next_obs)",
+        "partial(self.q_network, batch.next_obs)",
     ),
     # lambda and schedules
     "lambda not clipped": ("student / teacher, 0, 1))", "student / teacher, -9e9, 9e9))"),
@@ -64,19 +64,22 @@ MUTANTS = {
         "terminations[before] | self.excluded[before]",
         "terminations[before]",
     ),
-    "truncated steps drawn": ("argsort(stable=True)", "argsort(stable=True, descending=True)"),
-    "the newest row drawn": (
-        "end = (self.written - n_step) *",
-        "end = (self.written - n_step + 1) *",
+    "truncated steps drawn": (
+        "(~self.excluded[candidates % self.size])",
+        "self.excluded[candidates % self.size]",
     ),
-    "a stack of overwritten frames": ("((self.written + STACK - 1) *", "(self.written *"),
+    "the newest row drawn": (
+        "end = self.next_id - n_step *",
+        "end = self.next_id - (n_step - 1) *",
+    ),
+    "a stack of overwritten frames": ("max((written + STACK - 1) *", "max(written *"),
     "one environment alone drawn": (
-        "(end - begin)).long()",
-        "(end - begin)).long() // self.num_envs * self.num_envs",
+        "(end - self.oldest)).long()",
+        "(end - self.oldest)).long() // self.num_envs * self.num_envs",
     ),
     "a return across a gap of games": (
-        "[newest % replay.size] = True",
-        "[newest % replay.size] |= False",
+        "[newest : newest + replay.num_envs] = True",
+        "[newest : newest + replay.num_envs] |= False",
     ),
     # the games
     "a lost life taken for a game over": (

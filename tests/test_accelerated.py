@@ -9,9 +9,9 @@ import os
 import runpy
 import shutil
 import weakref
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
-from functools import partial, partialmethod
+from functools import partial
 from typing import NamedTuple
 from unittest.mock import MagicMock, call
 
@@ -185,8 +185,8 @@ WITH_COMPILER = [
     ],
 )
 def test_faster_variants_learn_the_same_but_for_rounding(monkeypatch, amp, backend):
-    compile_with_backend = partialmethod(torch.nn.Module.compile, backend=backend)
-    monkeypatch.setattr(torch.nn.Module, "compile", compile_with_backend)
+    # The compile of a module calls it as well.
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
     plain, replay = learner_and_replay()
     fast, _ = learner_and_replay(amp=amp, compile=backend is not None)
     before = weights(plain.q_network)
@@ -211,7 +211,7 @@ def test_faster_variants_learn_the_same_but_for_rounding(monkeypatch, amp, backe
 
 
 def test_what_cannot_be_compiled_is_refused(monkeypatch):
-    def compile_what_fails_when_called(network):
+    def compile_what_fails_when_called(network, dynamic):
         failing = MagicMock(side_effect=ZeroDivisionError("division by zero"))
         network.register_forward_pre_hook(failing)
 
@@ -327,7 +327,10 @@ def first_numbers(tensors: list[Tensor]) -> list[float]:
 
 
 def test_three_calls_are_plain_the_fourth_is_captured_and_later_ones_run_no_python(device):
-    """Inputs stay, outputs are overwritten, the plain calls' stream waits and is waited for."""
+    """Inputs stay, outputs are overwritten, the plain calls' stream waits and is waited for.
+
+    All calls are given the same tensors, those of the graph, so that they run the same kernels.
+    """
     calls = []
 
     def double(x):
@@ -339,6 +342,7 @@ def test_three_calls_are_plain_the_fourth_is_captured_and_later_ones_run_no_pyth
     outputs = [graphed(x) for x in inputs]
 
     assert len(calls) == 4
+    assert all(x is graphed.inputs[0] for x in calls)
     assert first_numbers(inputs) == [0, 1, 2, 3, 4, 5, 6, 7]
     assert first_numbers(outputs) == [0, 2, 4, 14, 14, 14, 14, 14]
     if device == "cpu":
@@ -359,7 +363,92 @@ def test_what_cannot_be_captured_is_refused(device):
     inputs = [torch.full((3,), number, device=device) for number in range(4)]
 
     assert first_numbers([graphed(x) for x in inputs[:3]]) == [0, 2, 4]
-    assert refusal(graphed, inputs[3]) == "--capture: try --no-capture (the fourth call)"
+    assert refusal(graphed, inputs[3]) == "--capture: the fourth call; try --no-capture"
+
+
+def test_the_first_error_of_a_capture_is_shown(device, monkeypatch):
+    """Not the one that ends the capture, of which a forbidden operation is the cause."""
+
+    @contextmanager
+    def capture_that_cannot_be_ended(graph, stream):
+        try:
+            yield
+        finally:
+            raise RuntimeError("capture was invalidated")
+
+    if device == "cpu":
+        monkeypatch.setattr(torch.cuda, "graph", capture_that_cannot_be_ended)
+    graphed = Graphed(torch.Tensor.tolist, torch.Generator(device))
+    x = torch.zeros(3, device=device)
+    for _ in range(3):
+        graphed(x)
+    if device == "cpu":
+        graphed.function = MagicMock(side_effect=RuntimeError("operation not permitted"))
+
+    message = refusal(graphed, x)
+    assert "operation not permitted" in message
+    assert message.endswith("; try --no-capture")
+
+
+def test_the_target_network_runs_on_a_stream_of_its_own_that_waits_and_is_waited_for(monkeypatch):
+    events = []
+
+    class Stream:
+        def __init__(self, name: str):
+            self.name = name
+
+        def wait_stream(self, other: "Stream") -> None:
+            events.append(f"{self.name} waits for {other.name}")
+
+    streams = [Stream("main")]
+
+    @contextmanager
+    def on_stream(stream: Stream):
+        streams.append(stream)
+        yield
+        streams.pop()
+
+    def run(name: str) -> str:
+        events.append(f"{name} on {streams[-1].name}")
+        return name
+
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: streams[-1])
+    monkeypatch.setattr(torch.cuda, "stream", on_stream)
+    monkeypatch.setattr(qdagger, "side_stream", lambda: Stream("side"))
+    both = partial(run, "target"), partial(run, "student")
+
+    assert qdagger.side_by_side(*both, torch.device("cuda")) == ("target", "student")
+    assert events == [
+        "side waits for main",
+        "target on side",
+        "student on main",
+        "main waits for side",
+    ]
+    events.clear()
+    assert qdagger.side_by_side(*both, torch.device("cpu")) == ("target", "student")
+    assert events == ["target on main", "student on main"]
+
+
+@pytest.mark.parametrize(
+    ("has_driver", "hidden", "cuda", "words"),
+    [
+        (False, None, "13.0", "no GPU in this machine"),
+        (False, None, None, "no GPU in this machine"),
+        (True, None, None, "built for CPUs alone"),
+        (True, None, "13.0", "the driver is too old for CUDA 13.0: a newer one, or pip install"),
+        (True, "", "13.0", "CUDA_VISIBLE_DEVICES hides"),
+    ],
+)
+def test_why_there_is_no_gpu(monkeypatch, has_driver, hidden, cuda, words):
+    monkeypatch.setattr(
+        shutil, "which", MagicMock(return_value="nvidia-smi" if has_driver else None)
+    )
+    monkeypatch.setattr(qdagger.Path, "exists", MagicMock(return_value=False))
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if hidden is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
+    assert words in qdagger.why_no_gpu()
 
 
 class NothingOfTheCPU(TorchDispatchMode):
@@ -373,24 +462,86 @@ class NothingOfTheCPU(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize("network", ["impala", "nature"])
-def test_what_is_captured_stays_on_the_device(network, monkeypatch):
-    """Tried on the device meta, where nothing can be read or waited for.
+@pytest.fixture
+def on_meta(monkeypatch):
+    """on_meta(**flags): a learner and a replay on the device meta, which computes nothing.
 
     The generator, Adam and bfloat16 are not there.
     """
     monkeypatch.setattr(torch, "Generator", MagicMock())
     monkeypatch.setattr(torch.optim, "Adam", MagicMock())
     monkeypatch.setattr(torch, "autocast", MagicMock(return_value=nullcontext()))
-    learner = Learner(replace(ARGS, network=network), NUM_ACTIONS, torch.device("meta"))
-    learner.generator = None
-    replay = FrameReplay(96, 4, NUM_ACTIONS, "meta")
+
+    def make(**flags) -> tuple[Learner, FrameReplay]:
+        learner = Learner(replace(ARGS, **flags), NUM_ACTIONS, torch.device("meta"))
+        learner.generator = None
+        return learner, FrameReplay(96, 4, NUM_ACTIONS, "meta")
+
+    return make
+
+
+@pytest.mark.parametrize("network", ["impala", "nature"])
+def test_what_is_captured_stays_on_the_device(network, on_meta):
+    """Tried where nothing can be read or waited for."""
+    learner, replay = on_meta(network=network)
     obs = torch.empty((4, 4, 84, 84), dtype=torch.uint8, device="meta")
     epsilon = torch.empty((), device="meta")
 
     with NothingOfTheCPU():
         learner.gradient_step(replay)
         qdagger.act(learner.q_network, None, obs, epsilon)
+
+
+class Operations(TorchDispatchMode):
+    """Counts those that do something: neither views nor reservations of memory."""
+
+    count = 0
+
+    def __torch_dispatch__(self, kernel, types, args=(), kwargs=None):
+        aliases = [result.alias_info for result in kernel._schema.returns]
+        is_view = any(alias is not None and not alias.is_write for alias in aliases)
+        if not is_view and "empty" not in kernel.name():
+            self.count += 1
+        return kernel(*args, **(kwargs or {}))
+
+
+def operations(function, *args) -> int:
+    with Operations() as counted:
+        function(*args)
+    return counted.count
+
+
+def test_a_gradient_step_takes_no_more_operations_than_it_did(on_meta):
+    """On a GPU each costs two microseconds or more, as much as its arithmetic.
+
+    There a convolution's bias is one more, in both directions; Adam, two, is not counted here.
+    """
+    learner, replay = on_meta(network="impala", huber=False)
+    step_ids = replay.draw(4, 3, None)
+    assert operations(replay.draw, 4, 3, None) <= 15
+    assert operations(replay.transitions, step_ids, 3, 0.99) <= 41
+    assert operations(learner.gradient_step, replay) <= 215
+
+
+def test_a_vector_step_takes_no_more_operations_outside_graphs_than_it_did(on_meta):
+    learner, replay = on_meta()
+    obs = np.zeros((4, 4, 84, 84), np.uint8)
+    step = GameStep(
+        actions=np.zeros(4, np.int64),
+        rewards=np.zeros(4, np.float32),
+        terminations=np.zeros(4, bool),
+        excluded=np.zeros(4, bool),
+        finished=[],
+    )
+    teacher_q_values = torch.zeros((4, NUM_ACTIONS), device="meta")
+
+    def vector_step(lambda_: float) -> None:
+        learner.set_lambda(lambda_)
+        on_device = qdagger.to_device(obs, "meta")
+        replay.add(on_device[:, -1], step, teacher_q_values)
+
+    assert operations(vector_step, 0.5) <= 11  # two of them since lambda is another
+    assert operations(vector_step, 0.5) <= 9
 
 
 @pytest.mark.gpu
@@ -407,7 +558,7 @@ def test_a_replay_lies_on_the_gpu_also_beyond_2_31_bytes():
 
     same_on_cpu = FrameReplay(size, NUM_ENVS, NUM_ACTIONS)
     for each in (replay, same_on_cpu):
-        each.written.fill_(rows - 6)
+        each.set_written(rows - 6)
         add_random_steps(each, np.random.default_rng(1), 6)
     last = torch.arange(size - 12, size)
     expected = same_on_cpu.stacks(last)

@@ -354,7 +354,7 @@ def test_a_damaged_buffer_is_refused_and_never_runs_code(tmp_path):
     victim = tmp_path / "victim"
     made_with = {"num_envs": 1}
     replay = FrameReplay(8, 4, 4)
-    replay.written += 2
+    replay.set_written(2)
     packed = pack(replay)
     whole = saved({"made_with": made_with, "replay": packed})
 
