@@ -512,21 +512,24 @@ class FrameReplay:
             self.teacher_q_values[here] = teacher_q_values
         self.set_written(self.written + 1)
 
-    def sample(
-        self, batch_size: int, n_step: int, gamma: float, generator: torch.Generator
-    ) -> Batch:
-        """Transitions of steps that are drawn uniformly, with replacement."""
-        step_ids = self.draw(batch_size, n_step, generator)
+    def random_numbers(self, batch_size: int, generator: torch.Generator) -> Tensor:
+        """What `sample` draws by; apart from it, since --compile cannot fuse a generator.
+
+        In float64, since float32 cannot tell large numbers apart; more than a batch, see `draw`.
+        """
+        count = max(4 * batch_size, 128)
+        return torch.rand(count, dtype=torch.float64, generator=generator, device=self.device)
+
+    def sample(self, batch_size: int, n_step: int, gamma: float, uniform: Tensor) -> Batch:
+        """Transitions of steps that are drawn uniformly, with replacement, by random numbers."""
+        step_ids = self.draw(batch_size, n_step, uniform)
         return self.transitions(step_ids, n_step, gamma)
 
-    def draw(self, batch_size: int, n_step: int, generator: torch.Generator) -> Tensor:
+    def draw(self, batch_size: int, n_step: int, uniform: Tensor) -> Tensor:
         """Ids of steps that are not excluded, int64 (batch_size,); the newest has the highest."""
         # Up to, but without, the first step whose observation n steps on is not stored yet.
         end = self.next_id - n_step * self.num_envs
         # A CUDA graph needs fixed shapes: draw too many, and take the first that are not excluded.
-        # In float64, since float32 cannot tell large numbers apart.
-        count = max(4 * batch_size, 128)
-        uniform = torch.rand(count, dtype=torch.float64, generator=generator, device=self.device)
         candidates = self.oldest + (uniform * (end - self.oldest)).long()
         valid_so_far = (~self.excluded[candidates % self.size]).cumsum(0)
         # If fewer than a batch are left, they are repeated. That all are excluded does not happen,
@@ -799,15 +802,16 @@ class Learner(nn.Module):  # for a state_dict of both networks
         return learning_rate
 
     def gradient_step(self, replay: FrameReplay):
-        loss, self.metrics = self.loss_of_draw(replay)
+        uniform = replay.random_numbers(self.args.batch_size, self.generator)
+        loss, self.metrics = self.loss_of_draw(replay, uniform)
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
 
-    def loss_of_draw(self, replay: FrameReplay) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss of a batch that is drawn here, and what is logged of it."""
+    def loss_of_draw(self, replay: FrameReplay, uniform: Tensor) -> tuple[Tensor, dict]:
+        """The loss of a batch that is drawn by random numbers, and what is logged of it."""
         args = self.args
-        batch = replay.sample(args.batch_size, args.n_step, args.gamma, self.generator)
+        batch = replay.sample(args.batch_size, args.n_step, args.gamma, uniform)
         next_q_values, q_values = side_by_side(
             partial(self.target_network, batch.next_obs),  # whose weights need no gradient
             partial(self.q_network, batch.obs),

@@ -62,6 +62,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from importlib.metadata import PackageNotFoundError, version
 from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -69,8 +70,11 @@ from typing import Literal, NamedTuple
 
 # The first two are read when jax is imported. Else it takes at once all that it may, 75% of a GPU.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-# Makes convolutions on a CPU 1.4 times as fast.
-os.environ.setdefault("XLA_FLAGS", "--xla_cpu_experimental_ynn_fusion_type=-individual_convolution")
+# Makes convolutions on a CPU 1.4 times as fast. A version that lacks the flag ends the process.
+with suppress(PackageNotFoundError):
+    if version("jaxlib") == "0.10.2":
+        flag = "--xla_cpu_experimental_ynn_fusion_type=-individual_convolution"
+        os.environ.setdefault("XLA_FLAGS", flag)
 # A log gets its line of progress every half minute. This is read when tqdm is imported.
 if not os.isatty(2):
     os.environ.setdefault("TQDM_MININTERVAL", "30")
@@ -581,13 +585,15 @@ class FrameReplay:
         counted = (terminations_before + exclusions_so_far) == 0
         bootstraps = ~(terminated & counted).any(1)
         num_rewards = counted.sum(1)  # at least 1, since the first step is not excluded
+        next_ids = step_ids + num_rewards * self.num_envs
+        obs, next_obs = jnp.split(self.stacks(jnp.concatenate([step_ids, next_ids])), 2)
         here = window[:, 0]
         return Batch(
-            obs=self.stacks(step_ids),
+            obs=obs,
             actions=self.actions[here],
             returns=(self.rewards[window] * counted * gamma**ahead).sum(1),
             discounts=gamma**num_rewards * bootstraps,
-            next_obs=self.stacks(step_ids + num_rewards * self.num_envs),
+            next_obs=next_obs,
             teacher_q_values=self.teacher_q_values[here],
         )
 
@@ -1137,8 +1143,8 @@ class Run:
         device = jax.devices()[0]
         if args.cuda and device.platform == "cpu":
             print(
-                '--cuda: no GPU found (pip install "jax[cuda12]"), running on the CPU, '
-                "where ten million steps take days"
+                '--cuda: no GPU found (pip install "jax[cuda13]==0.10.2", with a driver from 580 '
+                "on), running on the CPU, where ten million steps take days"
             )
         if hasattr(os, "sched_getaffinity"):
             cores = len(os.sched_getaffinity(0))

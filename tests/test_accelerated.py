@@ -90,7 +90,7 @@ def test_two_gradient_steps_by_hand():
     for _ in range(2):
         learner.gradient_step(replay)
 
-        batch = replay.sample(4, 2, 0.9, generator)
+        batch = replay.sample(4, 2, 0.9, replay.random_numbers(4, generator))
         q_values = network(batch.obs)
         next_q_values = learner.target_network(batch.next_obs)
         loss, td_loss, distill_loss = qdagger_loss(
@@ -191,7 +191,7 @@ def test_faster_variants_learn_the_same_but_for_rounding(monkeypatch, amp, backe
     fast, _ = learner_and_replay(amp=amp, compile=backend is not None)
     before = weights(plain.q_network)
 
-    obs = replay.sample(8, 1, 0.9, torch.Generator()).obs
+    obs = replay.sample(8, 1, 0.9, replay.random_numbers(8, torch.Generator())).obs
     exact = plain.q_network(obs)
     tolerance = 0.03 if amp else 1e-5
     for network in (fast.q_network, fast.target_network):
@@ -517,10 +517,11 @@ def test_a_gradient_step_takes_no_more_operations_than_it_did(on_meta):
     There a convolution's bias is one more, in both directions; Adam, two, is not counted here.
     """
     learner, replay = on_meta(network="impala", huber=False)
-    step_ids = replay.draw(4, 3, None)
-    assert operations(replay.draw, 4, 3, None) <= 15
+    uniform = replay.random_numbers(4, None)
+    step_ids = replay.draw(4, 3, uniform)
+    assert operations(replay.draw, 4, 3, uniform) <= 14
     assert operations(replay.transitions, step_ids, 3, 0.99) <= 41
-    assert operations(learner.gradient_step, replay) <= 215
+    assert operations(learner.gradient_step, replay) <= 213
 
 
 def test_a_vector_step_takes_no_more_operations_outside_graphs_than_it_did(on_meta):
@@ -576,6 +577,112 @@ def test_a_graph_reuses_its_memory():
         gradient_step()
         used.append(torch.cuda.memory_allocated())
     assert len(set(used[5:])) == 1
+
+
+@pytest.mark.gpu
+def test_nothing_but_reading_waits_for_the_gpu():
+    learner, replay = learner_and_replay("cuda")
+    gradient_step = Graphed(partial(learner.gradient_step, replay), learner.generator)
+    policy = Graphed(partial(qdagger.act, learner.q_network, learner.generator), learner.generator)
+    rng = np.random.default_rng(1)
+
+    def vector_step(turn: int) -> Tensor:
+        learner.set_lambda(turn / 10)
+        obs = rng.integers(256, size=(NUM_ENVS, 4, 84, 84), dtype=np.uint8)
+        obs = qdagger.to_device(obs, "cuda")
+        actions, q_values = policy(obs, turn / 10)
+        gradient_step()
+        flags = np.zeros(NUM_ENVS, bool)
+        rewards = np.zeros(NUM_ENVS, np.float32)
+        replay.add(
+            obs[:, -1], GameStep(np.ones(NUM_ENVS, int), rewards, flags, flags, []), q_values
+        )
+        return actions
+
+    for turn in range(5):  # the captures, and what they compile, may wait
+        vector_step(turn)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for turn in range(5, 10):
+            actions = vector_step(turn)
+        with pytest.raises(RuntimeError, match="synchroniz"):
+            actions.cpu()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+def test_adam_is_fused_and_all_it_reads_lies_on_the_gpu():
+    learner, replay = learner_and_replay("cuda", network="impala")
+    gradient_step = Graphed(partial(learner.gradient_step, replay), learner.generator)
+    for _ in range(6):
+        gradient_step()
+    (group,) = learner.optimizer.param_groups
+    assert group["fused"]
+    assert group["capturable"]
+    assert group["lr"].is_cuda
+    for parameter in learner.q_network.parameters():
+        assert parameter.grad.stride() == parameter.stride()
+        state = learner.optimizer.state[parameter]
+        assert state["step"].is_cuda
+        assert state["step"].item() == 6
+        assert state["exp_avg"].stride() == parameter.stride()
+
+
+@pytest.mark.gpu
+def test_two_graphs_and_plain_calls_share_a_generator():
+    """What is drawn is the same, in the same order, as without graphs."""
+
+    def draws(capture: bool) -> list[float]:
+        generator = torch.Generator("cuda").manual_seed(1)
+        draw = partial(torch.rand, 3, generator=generator, device="cuda")
+        double = partial(torch.rand, 3, generator=generator, device="cuda", dtype=torch.float64)
+        one = qdagger.graphed(draw, generator, capture)
+        other = qdagger.graphed(double, generator, capture)
+        found = []
+        for _ in range(10):
+            found += one().tolist()
+            found += draw().tolist()
+            found += other().tolist()
+        return found
+
+    assert draws(capture=True) == draws(capture=False)
+
+
+@pytest.mark.gpu
+def test_fifty_captured_steps_are_fifty_plain_ones(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    moved = []
+    for capture in (True, False):
+        learner, replay = learner_and_replay("cuda", network="impala")
+        before = weights(learner.q_network)
+        step = partial(learner.gradient_step, replay)
+        step = qdagger.graphed(step, learner.generator, capture)
+        for _ in range(50):
+            step()
+        moved.append(weights(learner.q_network) - before)
+    assert (moved[0] - moved[1]).norm() < 0.02 * moved[1].norm()
+
+
+@pytest.mark.gpu
+def test_both_phases_at_full_size_take_nine_gigabytes_at_most():
+    """Of what torch reserves; phase 2's buffer is given back before phase 3's is made."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    args = Args(amp=False)
+    learner = Learner(args, NUM_ACTIONS, torch.device("cuda"))
+    for size, num_envs in ((args.teacher_steps, 32), (args.buffer_size, 4)):
+        replay = FrameReplay(size, num_envs, NUM_ACTIONS, "cuda")
+        replay.set_written(size // num_envs)
+        replay.excluded.fill_(False)
+        gradient_step = Graphed(partial(learner.gradient_step, replay), learner.generator)
+        for _ in range(6):
+            gradient_step()
+        learner.metrics = {}
+        del replay, gradient_step
+        torch.cuda.empty_cache()
+    assert torch.cuda.max_memory_reserved() < 9e9
 
 
 @pytest.mark.parametrize("cuda", [False, pytest.param(True, marks=pytest.mark.gpu)])

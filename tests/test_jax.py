@@ -349,6 +349,9 @@ class MutableReplay:
         q_values = np.asarray(teacher_q_values)
         self.replay = self.replay.add(obs, qdagger.without_finished(step), q_values)
 
+    def random_numbers(self, *_) -> None:
+        """JAX draws them in `sample`."""
+
     def sample(self, batch_size: int, n_step: int, gamma: float, _) -> sibling.Batch:
         self.draws += 1
         key = jax.random.PRNGKey(self.draws)

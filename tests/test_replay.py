@@ -116,7 +116,8 @@ class CheckedReplay:
         drawn = set()
         generator = torch.Generator().manual_seed(0)
         for _ in range(200):
-            batch = self.replay.sample(128, n_step, GAMMA, generator)
+            uniform = self.replay.random_numbers(128, generator)
+            batch = self.replay.sample(128, n_step, GAMMA, uniform)
             names = batch.teacher_q_values.int().tolist()
             for index, (time, env) in enumerate(names):
                 if (time, env) not in drawn:
@@ -189,7 +190,11 @@ def test_draws_are_uniform_over_environments_and_time():
     checked.play(random_ends(200, 4, share=0.6))
     generator = torch.Generator().manual_seed(0)
 
-    batches = [checked.replay.sample(500, 1, GAMMA, generator) for _ in range(20)]
+    replay = checked.replay
+    batches = []
+    for _ in range(20):
+        uniform = replay.random_numbers(500, generator)
+        batches.append(replay.sample(500, 1, GAMMA, uniform))
     names = torch.cat([batch.teacher_q_values for batch in batches])
     drawn, counts = names.unique(dim=0, return_counts=True)
 

@@ -339,7 +339,8 @@ def test_what_is_stored_is_what_was_really_done(three_phases):
     teacher = tiny(9)
     teacher.load_state_dict(torch.load(three_phases.args.teacher))
     for replay in three_phases.rows:
-        batch = replay.sample(64, 3, 0.99, torch.Generator().manual_seed(0))
+        uniform = replay.random_numbers(64, torch.Generator().manual_seed(0))
+        batch = replay.sample(64, 3, 0.99, uniform)
         assert torch.allclose(batch.teacher_q_values, teacher(batch.obs), atol=1e-5)
         assert batch.teacher_q_values.std(0).min() > 1e-4  # another row's would be others
 
@@ -513,7 +514,8 @@ def test_offline_alone_imitates_the_teacher(run):
     student = tiny(4)
     student.load_state_dict(seen.weights)
     (buffer,) = seen.rows
-    batch = buffer.sample(64, 1, 0.99, torch.Generator().manual_seed(0))
+    uniform = buffer.random_numbers(64, torch.Generator().manual_seed(0))
+    batch = buffer.sample(64, 1, 0.99, uniform)
     assert (batch.actions == ACTION).all()
     assert (student(batch.obs).argmax(1) == ACTION).all()
 
