@@ -702,6 +702,26 @@ def test_the_saved_model_is_the_online_network(go):
     assert not same(model, content["target_params"])
 
 
+def test_the_network_of_the_best_evaluation_is_kept(go, monkeypatch):
+    """Of evaluations of 3, 7 and 5 that is the second's."""
+    scores = iter([3.0, 7.0, 5.0])
+    evaluated = []
+
+    def evaluate(policy, *_, **__) -> list[float]:
+        _, params = policy.args
+        evaluated.append(jax.tree.map(np.asarray, params))
+        return [next(scores)]
+
+    monkeypatch.setattr(qdagger, "evaluate", evaluate)
+    run = go(teacher="none", eval_frequency=120, save_model=True)
+
+    for name, nth in ((f"{Args.exp_name}.best", 1), (Args.exp_name, 2)):
+        _, params = load_network(run / f"{name}.cleanrl_model", 4, "--evaluate")
+        assert same(jax.tree.leaves(params), jax.tree.leaves(evaluated[nth])), name
+    progress = load_checkpoint(run)["progress"]
+    assert (progress["best_return"], progress["best_step"]) == (7.0, 240)
+
+
 def test_three_phases_on_real_games_log_every_tag_along_its_own_axis(go, tmp_path):
     teacher = tmp_path / "teacher"
     teacher.write_bytes(tiny_teacher(action=qdagger.FIRE))  # in Breakout that scores 2
