@@ -532,12 +532,13 @@ class FrameReplay:
         # A CUDA graph needs fixed shapes: draw too many, and take the first that are not excluded.
         candidates = self.oldest + (uniform * (end - self.oldest)).long()
         valid_so_far = (~self.excluded[candidates % self.size]).cumsum(0)
-        # If fewer than a batch are left, they are repeated. That all are excluded does not happen,
-        # since at most three steps of a life are; the limit of 1 only avoids a division by 0.
+        # If fewer than a batch are left, they are repeated. If all are excluded, which a buffer of a
+        # few rows can be, the limit of 1 and the remainder below avoid an error.
         num_valid = valid_so_far[-1].clamp(min=1)
         picked = torch.arange(batch_size, device=self.device) % num_valid
         # The valid one before which there are `picked` others.
-        return candidates[torch.searchsorted(valid_so_far, picked, right=True)]
+        chosen = torch.searchsorted(valid_so_far, picked, right=True) % len(uniform)
+        return candidates[chosen]
 
     def transitions(self, step_ids: Tensor, n_step: int, gamma: float) -> Batch:
         """The transitions of up to n steps that begin at `step_ids`, int64 (batch,)."""
