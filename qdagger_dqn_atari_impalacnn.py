@@ -532,8 +532,8 @@ class FrameReplay:
         # A CUDA graph needs fixed shapes: draw too many, and take the first that are not excluded.
         candidates = self.oldest + (uniform * (end - self.oldest)).long()
         valid_so_far = (~self.excluded[candidates % self.size]).cumsum(0)
-        # If fewer than a batch are left, they are repeated. If all are excluded, which a buffer of a
-        # few rows can be, the limit of 1 and the remainder below avoid an error.
+        # If fewer than a batch are left, they are repeated. If all are excluded, as can be in a few
+        # rows, the limit of 1 and the remainder below avoid an error.
         num_valid = valid_so_far[-1].clamp(min=1)
         picked = torch.arange(batch_size, device=self.device) % num_valid
         # The valid one before which there are `picked` others.
