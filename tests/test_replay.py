@@ -239,3 +239,20 @@ def test_a_buffer_in_which_all_is_excluded_still_gives_a_batch():
     batch = replay.sample(8, 3, 0.99, replay.random_numbers(8, torch.Generator()))
     assert batch.obs.shape == (8, 4, 84, 84)
     assert batch.discounts.isfinite().all()
+
+
+@pytest.mark.parametrize("valid", [[], [0], [3], [0, 1, 2, 3]])
+def test_a_draw_stays_among_what_is_stored(valid):
+    """It goes to a valid step if there is one, be it the last that is drawn or the first."""
+    checked = CheckedReplay(40, 4)
+    checked.play(np.zeros((2, 4), dtype=int))
+    checked.replay.excluded[:4] = True
+    checked.replay.excluded[valid] = False
+    uniform = torch.arange(4, dtype=torch.float64) / 4
+
+    drawn = checked.replay.draw(8, 1, uniform).tolist()
+
+    if valid:
+        assert drawn == (8 * valid)[:8]
+    else:
+        assert set(drawn) <= {0, 1, 2, 3}
