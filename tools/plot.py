@@ -359,6 +359,14 @@ def steps_label(steps: float, _position: int) -> str:
     return f"{steps / 1e3:g}k"
 
 
+def limit_height(axes: plt.Axes, values: list[float]) -> None:
+    """To all that was measured: the interval of few seeds can be far wider."""
+    shown = pd.Series(values).dropna()
+    margin = 0.05 * (shown.max() - shown.min())
+    if margin > 0:
+        axes.set_ylim(shown.min() - margin, shown.max() + margin)
+
+
 def draw_game(panels: tuple, points: pd.DataFrame, labels: dict, teacher: float, chance: float):
     """Two panels: returns in one game by online step and by wall-clock."""
     by_step, by_time = panels
@@ -374,11 +382,7 @@ def draw_game(panels: tuple, points: pd.DataFrame, labels: dict, teacher: float,
         axes.axhline(chance, label="random play", **CHANCE_LINE)
         axes.grid(alpha=0.3)
 
-    # The interval of few seeds can be far wider than all that was measured.
-    shown = pd.Series([*points.value, teacher, chance]).dropna()
-    margin = 0.05 * (shown.max() - shown.min())
-    if margin > 0:
-        by_step.set_ylim(shown.min() - margin, shown.max() + margin)
+    limit_height(by_step, [*points.value, teacher, chance])
     by_step.xaxis.set_major_formatter(steps_label)
 
 
@@ -400,10 +404,7 @@ def front_figure(rows: pd.DataFrame, labels: dict[str, str], kinds: list[str], p
                 draw_curve(axes, of_kind, "step", labels[kind], styles[kind])
         teacher = teacher_return(rows, game)
         axes.axhline(teacher, label="the teacher", **TEACHER_LINE)
-        shown = pd.Series([*of_game.value, teacher]).dropna()
-        margin = 0.05 * (shown.max() - shown.min())
-        if margin > 0:  # the interval of few seeds can be far wider
-            axes.set_ylim(shown.min() - margin, shown.max() + margin)
+        limit_height(axes, [*of_game.value, teacher])
         axes.set_title(game, fontsize=11)
         axes.set_xlabel("online steps")
         axes.xaxis.set_major_formatter(steps_label)
