@@ -1058,7 +1058,7 @@ def train(args: Args, stop: Sequence[int] = ()) -> Path:
     phase = None
     if args.resume is not None:
         saved = load_checkpoint(Path(args.resume))
-        with user_error(f"--resume {args.resume}: its checkpoint does not fit"):
+        with must_fit(args):
             phase = saved["progress"]["phase"]
             check_unchanged(args, saved["args"])
     validate(args, phase)
@@ -1301,7 +1301,7 @@ class Run:
 
     def restore(self, saved, learner):
         """Go on from a checkpoint; its replay is restored by `make_replay`."""
-        with user_error(f"--resume {self.args.resume}: its checkpoint does not fit"):
+        with must_fit(self.args):
             self.facts = saved["facts"] | self.facts
             self.progress = Progress(**saved["progress"])
             if saved["teacher"] is not None:
@@ -1321,7 +1321,7 @@ class Run:
             num_envs *= TEACHER_ENVS_PER_ENV
         replay = FrameReplay(capacity, num_envs, self.num_actions, self.device)
         if saved is not None:
-            with user_error(f"--resume {self.args.resume}: its checkpoint does not fit"):
+            with must_fit(self.args):
                 unpack(saved.pop("replay"), replay)
         return replay
 
@@ -1592,6 +1592,11 @@ def load_checkpoint(run_dir) -> dict:
         except Exception as error:
             print(f"--resume: {path} cannot be read: {type(error).__name__}")
     raise UserError(f"--resume {run_dir}: no checkpoint of this version in it")
+
+
+def must_fit(args):
+    """For what is read from the checkpoint of --resume."""
+    return user_error(f"--resume {args.resume}: its checkpoint does not fit")
 
 
 def why_no_gpu() -> str:

@@ -567,8 +567,8 @@ class FrameReplay:
         candidates = jax.random.randint(key, (count,), begin, end)
         excluded = self.excluded[candidates % size]
         candidates = candidates[excluded.argsort()]
-        # If fewer than a batch are left, they are repeated. That all are excluded does not happen,
-        # since at most three steps of a life are; the limit of 1 only avoids a division by 0.
+        # If fewer than a batch are left, they are repeated. If all are excluded, as can be in a few
+        # rows, the limit of 1 avoids a division by 0.
         num_valid = jnp.maximum(count - excluded.sum(), 1)
         picked = jnp.arange(batch_size) % num_valid
         return candidates[picked]
@@ -1080,7 +1080,7 @@ def train(args: Args, stop: Sequence[int] = ()) -> Path:
     phase = None
     if args.resume is not None:
         saved = load_checkpoint(Path(args.resume))
-        with user_error(f"--resume {args.resume}: its checkpoint does not fit"):
+        with must_fit(args):
             phase = saved["progress"]["phase"]
             check_unchanged(args, saved["args"])
     validate(args, phase)
@@ -1315,7 +1315,7 @@ class Run:
         def like(tree, leaves: list):
             return jax.tree.unflatten(jax.tree.structure(tree), map(jnp.asarray, leaves))
 
-        with user_error(f"--resume {self.args.resume}: its checkpoint does not fit"):
+        with must_fit(self.args):
             self.facts = saved["facts"] | self.facts
             self.progress = Progress(**saved["progress"])
             if saved["teacher"] is not None:
@@ -1333,7 +1333,7 @@ class Run:
             num_envs *= TEACHER_ENVS_PER_ENV
         replay = FrameReplay.create(capacity, num_envs, self.num_actions)
         if saved is not None:
-            with user_error(f"--resume {self.args.resume}: its checkpoint does not fit"):
+            with must_fit(self.args):
                 replay = unpack(saved.pop("replay"), replay)
         return replay
 
@@ -1643,6 +1643,11 @@ def load_checkpoint(run_dir) -> dict:
         except Exception as error:
             print(f"--resume: {path} cannot be read: {type(error).__name__}")
     raise UserError(f"--resume {run_dir}: no checkpoint of this version in it")
+
+
+def must_fit(args):
+    """For what is read from the checkpoint of --resume."""
+    return user_error(f"--resume {args.resume}: its checkpoint does not fit")
 
 
 def check_upload(args):

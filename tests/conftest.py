@@ -211,11 +211,11 @@ class HubHandler(BaseHTTPRequestHandler):
             status = 404
             problem = "EntryNotFound"
 
-        if hub.is_a_hotels:
+        if hub.shows_a_login:
             status = 200
             content = b"<html>Log in</html>"
         self.send_response(status)
-        if not hub.is_a_hotels:
+        if not hub.shows_a_login:
             self.send_header("X-Error-Code", problem)
             self.send_header("X-Repo-Commit", hub.commit_hash)
             self.send_header("ETag", str(hash(content)))
@@ -240,7 +240,7 @@ class Hub(ThreadingHTTPServer):
         self.commit_hash = "c0ffee" * 6 + "c0ff"
         self.status = 0  # the answer to everything, unless it is 0
         self.silent = False  # while True, it gives no answer
-        self.is_a_hotels = False  # instead of the hub there is a page on which to log in
+        self.shows_a_login = False  # a page of a hotel's network, instead of the hub
 
     def close(self) -> None:
         """From now on nobody listens."""

@@ -498,7 +498,7 @@ def test_a_cache_that_cannot_be_written_is_named_instead_of_another_teacher(
 
 def test_a_page_in_place_of_the_hub_is_no_teacher_and_no_silence(hub):
     """It answers to everything, and is no file of the hub."""
-    hub.is_a_hotels = True
+    hub.shows_a_login = True
     message = refusal(find_teacher, PONG)
     assert message.startswith(f"--teacher-policy-hf-repo {REPO}: ")
 

@@ -333,6 +333,8 @@ def check(runs: list[Run]) -> None:
             raise UserError(f"{run.directory} was started with other flags; {advice}")
 
 
+# The program has the same function, which a test compares; to import it from there would take all
+# of torch.
 def cores(root: Path = Path("/")) -> int:
     """How many this process may use: a cluster or a container may grant few of the machine's.
 
