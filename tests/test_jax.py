@@ -155,6 +155,28 @@ def test_without_jax_a_line_says_what_to_install():
     assert '".[jax]"' in line
 
 
+@pytest.mark.parametrize("jaxlib, is_set", [("0.10.2", True), ("0.10.1", False), ("0.11.0", False)])
+def test_a_flag_that_other_versions_of_xla_do_not_know_is_set_for_its_own_alone(jaxlib, is_set):
+    script = """
+import importlib.metadata, os, sys
+importlib.metadata.version = lambda package: sys.argv[1]
+sys.modules["ale_py"] = None  # what comes after the settings is not imported
+try:
+    import qdagger_dqn_atari_jax_impalacnn
+except ImportError as error:
+    print(error.name, os.environ.get("XLA_FLAGS", "unset"))
+"""
+    environment = os.environ.copy()
+    environment.pop("XLA_FLAGS", None)
+    command = [sys.executable, "-c", script, jaxlib]
+    directory = Path(qdagger.__file__).parent
+    done = subprocess.run(command, cwd=directory, env=environment, capture_output=True, text=True)
+
+    name, flag = done.stdout.split()
+    assert name == "ale_py"
+    assert flag.startswith("--xla_") if is_set else flag == "unset"
+
+
 # --- The same numbers ---
 
 
