@@ -139,7 +139,7 @@ class Args:
     huber: bool = False  # Huber instead of squared TD error
     start_e: float = 1.0  # exploration at first, while the teacher or the student plays
     end_e: float = 0.01  # exploration in the end, and in every evaluation
-    exploration_fraction: float = 0.10  # share of total_timesteps in which exploration falls
+    exploration_fraction: float = 0.10  # exploration falls for this share of total_timesteps
     learning_starts: int = 80_000  # online steps before the first online gradient step
     train_frequency: int = 4  # online steps per gradient step
 
@@ -249,9 +249,12 @@ def user_error(problem: str) -> Iterator[None]:
 
 def reason(error: BaseException) -> str:
     """What an error says, in a line; or what the operating system had said before it."""
+    # torch.save, for one, hides «No space left on device» behind an error of its own.
     while isinstance(error.__context__, OSError):
         error = error.__context__
-    text = " ".join(str(error).split()) or type(error).__name__
+    text = " ".join(str(error).split())
+    if text == "":
+        text = type(error).__name__
     return text if len(text) <= 300 else text[:300] + "…"
 
 
@@ -442,8 +445,8 @@ NETWORKS = {"impala": ImpalaCNN, "nature": NatureCNN}
 def fewest_steps(n_step: int, num_envs: int) -> int:
     """Environment steps that a replay must hold before it is drawn from.
 
-    Of each game n steps ahead of the one drawn, and four to choose from, of which the first two are
-    forced, see AtariGames.
+    For each game, n steps that follow the one drawn, and four to draw from, since the first two may
+    be forced, see AtariGames.
     """
     return (n_step + 4) * num_envs
 
@@ -532,8 +535,8 @@ class FrameReplay:
         # A CUDA graph needs fixed shapes: draw too many, and take the first that are not excluded.
         candidates = self.oldest + (uniform * (end - self.oldest)).long()
         valid_so_far = (~self.excluded[candidates % self.size]).cumsum(0)
-        # If fewer than a batch are left, they are repeated. If all are excluded, as can be in a few
-        # rows, the limit of 1 and the remainder below avoid an error.
+        # If fewer than a batch are left, they are repeated. If all are excluded, as early on, the
+        # limit of 1 and the remainder below avoid an error.
         num_valid = valid_so_far[-1].clamp(min=1)
         picked = torch.arange(batch_size, device=self.device) % num_valid
         # The valid one before which there are `picked` others.
@@ -639,9 +642,10 @@ class AtariGames:
         )
         self.num_actions = int(self.emulators.single_action_space.n)
 
-        # forced_actions[k] is forced while k are left: NOOP, then FIRE, then RIGHT. [0] never is.
-        launches = self.emulators.ale.get_action_set()[1] == ale_py.Action.FIRE
-        if launches:
+        # forced_actions[k] is forced while k are left, so it is read from its end: NOOP, then FIRE,
+        # then RIGHT. [0] is never forced.
+        has_fire = self.emulators.ale.get_action_set()[1] == ale_py.Action.FIRE
+        if has_fire:
             self.forced_actions = np.array([NOOP, RIGHT, FIRE, NOOP])
         else:
             self.forced_actions = np.array([NOOP, NOOP])
@@ -651,7 +655,7 @@ class AtariGames:
 
         self.images, info = self.emulators.reset(seed=seeds)  # in colour and full size
         self.lives = info["lives"]
-        # The number of each game's first frame, in ALE's count of all frames.
+        # The number of each game's first frame in ALE's count of all frames, which begins at 0.
         self.first_frames = np.zeros(num_envs, dtype=int)
         self.scores = np.zeros(num_envs)
         # What to act on, uint8 (num_envs, 4, 84, 84).
@@ -687,8 +691,9 @@ class AtariGames:
         first_frames = info["frame_number"] - info["episode_frame_number"]
         finished = []
         for env in np.flatnonzero(ended).tolist():
-            length = first_frames[env] - self.first_frames[env]
-            finished.append(FinishedGame(env, self.scores[env].item(), length.item()))
+            score = self.scores[env].item()
+            length = (first_frames[env] - self.first_frames[env]).item()
+            finished.append(FinishedGame(env, score, length))
         self.scores[ended] = 0
         self.first_frames = first_frames
 
@@ -778,29 +783,28 @@ class Learner(nn.Module):  # for a state_dict of both networks
 
         # Tensors, since a CUDA graph would freeze numbers.
         self.distill_weight = torch.tensor(0.0, device=device)  # stays 0 without a teacher
-        learning_rate = torch.tensor(args.learning_rate, device=device)
+        self.learning_rate = args.learning_rate
         self.optimizer = torch.optim.Adam(
             self.q_network.parameters(),
-            lr=learning_rate,
+            lr=torch.tensor(self.learning_rate, device=device),
             eps=args.adam_eps,
             fused=True,
             capturable=args.capture and device.type == "cuda",
         )
-        self.lambda_: float | None = None  # what these two were set for
+        self.lambda_: float | None = None  # what weight and learning rate were set for
         self.metrics: dict[str, Tensor] = {}  # scalars of the last gradient step
 
-    def set_lambda(self, lambda_: float) -> float:
-        """Weigh the teacher by lambda; the learning rate, which is returned, follows."""
-        learning_rate = self.args.learning_rate
+    def set_lambda(self, lambda_: float):
+        """Weigh the teacher by lambda; the learning rate follows."""
+        if lambda_ == self.lambda_:
+            return  # nothing to write to the GPU, as in most steps: it changes when a game ends
+        self.lambda_ = lambda_
+        self.distill_weight.fill_(self.args.distill_coef * lambda_)
         final = self.args.final_learning_rate
         if final is not None:
-            learning_rate = final + (learning_rate - final) * lambda_
+            self.learning_rate = final + (self.args.learning_rate - final) * lambda_
         # Where Adam keeps it: a resume replaces the tensor that was given.
-        if lambda_ != self.lambda_:  # it changes when a game ends
-            self.optimizer.param_groups[0]["lr"].fill_(learning_rate)
-            self.distill_weight.fill_(self.args.distill_coef * lambda_)
-            self.lambda_ = lambda_
-        return learning_rate
+        self.optimizer.param_groups[0]["lr"].fill_(self.learning_rate)
 
     def gradient_step(self, replay: FrameReplay):
         uniform = replay.random_numbers(self.args.batch_size, self.generator)
@@ -882,7 +886,7 @@ def fill_teacher_buffer(run: "Run", learner: Learner, replay: FrameReplay) -> No
     args = run.args
     progress = run.progress
     file = None if args.teacher_buffer is None else Path(args.teacher_buffer)
-    if file is not None and file.exists():  # whole, whatever a resume has restored of it
+    if file is not None and file.exists():  # a whole buffer, in place of what a resume restored
         load_teacher_buffer(file, run.made_with(), replay)
         return
 
@@ -973,7 +977,6 @@ def learn_online(run: "Run", learner: Learner, replay: FrameReplay) -> None:
     progress = run.progress
     exploration_steps = args.exploration_fraction * args.total_timesteps
     learning_starts = max(args.learning_starts, fewest_steps(args.n_step, args.num_envs))
-    learning_rate = args.learning_rate  # stays so without a teacher, where lambda means nothing
     learner.metrics = {}  # else those of the last offline step would be logged as online
 
     games = AtariGames(args, seeds_for("online", args.seed, args.num_envs, progress.step))
@@ -995,8 +998,8 @@ def learn_online(run: "Run", learner: Learner, replay: FrameReplay) -> None:
 
         # How much the teacher weighs, and how much the student explores.
         lambda_ = fade_teacher(args, progress)
-        if run.teacher is not None:
-            learning_rate = learner.set_lambda(lambda_)
+        if run.teacher is not None:  # else lambda means nothing
+            learner.set_lambda(lambda_)
         # global_step counts offline steps, too, as in CleanRL's file: by default epsilon begins
         # this phase at 0.5.
         epsilon = linear_schedule(args.start_e, args.end_e, exploration_steps, progress.global_step)
@@ -1033,7 +1036,7 @@ def learn_online(run: "Run", learner: Learner, replay: FrameReplay) -> None:
             scalars = {f"losses/{name}": value for name, value in metrics.items()}
             scalars["charts/epsilon"] = epsilon
             scalars["charts/distill_coeff"] = lambda_  # CleanRL's name for it
-            scalars["charts/learning_rate"] = learning_rate
+            scalars["charts/learning_rate"] = learner.learning_rate
             scalars["charts/SPS"] = end / progress.seconds
             run.log(scalars)
             student_return = np.mean(progress.recent_returns or math.nan)  # nan: no game yet
@@ -1082,7 +1085,7 @@ def train(args: Args, stop: Sequence[int] = ()) -> Path:
             run.progress.begin("teacher buffer")
     run.open_log()
     if saved is not None:
-        run.save_models(learner)  # if it was stopped between a checkpoint and its models
+        run.save_models(learner)  # which come after a checkpoint: a kill may have come between
     replay = run.make_replay(run.progress.phase, saved)
 
     if run.progress.phase == "teacher buffer":
@@ -1193,7 +1196,8 @@ class Run:
         """Make the directory, or go on in that of --resume, and begin to log."""
         self.directory.mkdir(parents=True, exist_ok=True)
         self.lock()
-        # What was logged after the checkpoint is logged again; if that is of phase 1, everything.
+        # What was logged after the checkpoint is purged, and logged again. At a checkpoint of phase
+        # 1 that is everything, since global_step is still 0.
         starts_anew = self.args.resume is None or self.progress.phase == "teacher buffer"
         first_step = 0 if starts_anew else self.progress.global_step + 1
 
@@ -1514,7 +1518,6 @@ def find_teacher(args) -> tuple[Path, str]:
     if args.teacher != "auto":
         return Path(args.teacher), "as given"
     env_id = re.sub("ALE/(.*)-v5", r"\1NoFrameskip-v4", args.env_id)  # the older name of the game
-    default_repo = f"cleanrl/{env_id}-{Args.teacher_model_exp_name}-seed1"  # bundled here
     wanted = args.teacher_policy_hf_repo
     if wanted is None:
         wanted = f"cleanrl/{env_id}-{args.teacher_model_exp_name}-seed1"
@@ -1545,6 +1548,8 @@ def find_teacher(args) -> tuple[Path, str]:
                 path = Path(hf_hub_download(repo, file, revision=revision, local_files_only=True))
                 return path, f"from the cache of the hub, {repo}@{path.parent.name}; {silence}"
 
+    # A bundled file stands in for this repository alone.
+    default_repo = f"cleanrl/{env_id}-{Args.teacher_model_exp_name}-seed1"
     bundled = Path(__file__).parent / "teachers" / f"{env_id}.cleanrl_model"
     if wanted != default_repo or not bundled.exists():
         raise UserError(f"--teacher auto: {wanted} is not in the cache, and {silence}; give a PATH")
@@ -1785,13 +1790,9 @@ def validate(args, phase=None):
         require(args.learning_starts < args.total_timesteps, "learning_starts", rule)
         # Twice as many, so that there is a choice when the oldest three have lost their stacks.
         require(args.buffer_size >= 2 * fewest, "buffer_size", f"too few: {2 * fewest} or more")
-        rule = f"more than the {args.buffer_size} steps of --buffer-size"
-        require(args.batch_size <= args.buffer_size, "batch_size", rule)
     if offline_steps > 0:
         fewest *= TEACHER_ENVS_PER_ENV
         require(args.teacher_steps >= fewest, "teacher_steps", f"too few: {fewest} or more")
-        rule = f"more than the {args.teacher_steps} steps of --teacher-steps"
-        require(args.batch_size <= args.teacher_steps, "batch_size", rule)
     is_to_come = offline_steps > 0 and phase in (None, "teacher buffer")
     if args.teacher_buffer is not None and is_to_come:
         path = Path(args.teacher_buffer).absolute()
@@ -1846,6 +1847,7 @@ def play_model(args, stop):
 
 def parse_flags() -> Args:
     """The flags of the command line; with --resume, what is not said again is as it was."""
+    # A switch takes no value: neither --cuda=False nor --cuda False.
     for word, value in pairwise([*sys.argv[1:], ""]):
         flag, is_joined, joined = word.partition("=")
         name = flag.removeprefix("--").removeprefix("no-")
@@ -1910,7 +1912,10 @@ OUT_OF_MEMORY = re.compile("out of memory|allocate memory|RESOURCE_EXHAUSTED")
 
 
 def ignore_full_disk(failed):
-    """For errors of threads: one of the event file's is raised anew in `Run.log`, as a line."""
+    """No traceback when the thread that writes the event file meets a full disk.
+
+    `Run.log` raises that error again, as one line.
+    """
     if not issubclass(failed.exc_type, OSError):
         threading.__excepthook__(failed)
 

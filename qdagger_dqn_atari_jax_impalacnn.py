@@ -68,9 +68,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Literal, NamedTuple
 
-# The first two are read when jax is imported. Else it takes at once all that it may, 75% of a GPU.
+# These two are read when jax is imported. Without the first, it reserves 75% of a GPU at once.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-# Makes convolutions on a CPU 1.4 times as fast. A version that lacks the flag ends the process.
+# The second makes convolutions on a CPU 1.4 times as fast. A version that does not know it ends the
+# process, so it is set for the one that it was measured with.
 with suppress(PackageNotFoundError):
     if version("jaxlib") == "0.10.2":
         flag = "--xla_cpu_experimental_ynn_fusion_type=-individual_convolution"
@@ -154,7 +155,7 @@ class Args:
     huber: bool = False  # Huber instead of squared TD error
     start_e: float = 1.0  # exploration at first, while the teacher or the student plays
     end_e: float = 0.01  # exploration in the end, and in every evaluation
-    exploration_fraction: float = 0.10  # share of total_timesteps in which exploration falls
+    exploration_fraction: float = 0.10  # exploration falls for this share of total_timesteps
     learning_starts: int = 80_000  # online steps before the first online gradient step
     train_frequency: int = 4  # online steps per gradient step
 
@@ -260,9 +261,12 @@ def user_error(problem: str) -> Iterator[None]:
 
 def reason(error: BaseException) -> str:
     """What an error says, in a line; or what the operating system had said before it."""
+    # torch.save, for one, hides «No space left on device» behind an error of its own.
     while isinstance(error.__context__, OSError):
         error = error.__context__
-    text = " ".join(str(error).split()) or type(error).__name__
+    text = " ".join(str(error).split())
+    if text == "":
+        text = type(error).__name__
     return text if len(text) <= 300 else text[:300] + "…"
 
 
@@ -355,7 +359,8 @@ def act(
     """
     q_values = network.apply(params, obs)
     num_actions = q_values.shape[1]
-    draws = jax.random.uniform(jax.random.fold_in(key, step), (2, len(obs)))
+    key = jax.random.fold_in(key, step)
+    draws = jax.random.uniform(key, (2, len(obs)))
     random_actions = (draws[0] * num_actions).astype(int)
     explores = draws[1] < epsilon
     return jnp.where(explores, random_actions, q_values.argmax(1)), q_values
@@ -366,8 +371,10 @@ def act(
 STACK = 4  # frames in an observation
 SIDE = 84  # their height and width
 
-# Flax names parameters by class and order of use: who renames or reorders layers can no longer read
-# the files on the hub. Kernels begin as PyTorch's do, biases at 0.
+# Under nn.compact a layer is declared where it is called; its weights are found in `params` by its
+# class and number, such as Conv_0. Files are read in the sorted order of these names and recognised
+# by shapes (see network_of): who reorders layers, or has more than ten of a class in a module, can
+# no longer read the files on the hub. Kernels begin as PyTorch's do, biases at 0.
 INIT = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 Conv = partial(nn.Conv, kernel_init=INIT)
 Dense = partial(nn.Dense, kernel_init=INIT)
@@ -380,12 +387,15 @@ def max_pool(x: jax.Array) -> jax.Array:
     """
     for _ in range(2):
         rows = x.shape[1]
+        # Two rows before the first one, so that the rows form pairs: pair i has 2i - 2 and 2i - 1.
         padding = ((0, 0), (2, rows % 2), (0, 0), (0, 0))
         x = jnp.pad(x, padding, constant_values=-jnp.inf)
-        pairs = x.reshape(len(x), -1, 2, *x.shape[2:])  # pair i: rows 2i - 2 and 2i - 1
+        pairs = x.reshape(len(x), -1, 2, x.shape[2], x.shape[3])
         first, second = jnp.unstack(pairs, axis=2)
-        # The window around row 2i: pair i + 1, rows 2i and 2i + 1, and row 2i - 1 of pair i.
-        x = jnp.maximum(jnp.maximum(first, second)[:, 1:], second[:, :-1])
+        # The window around row 2i: rows 2i and 2i + 1, which are pair i + 1, and, of pair i, the
+        # second, which is row 2i - 1.
+        larger = jnp.maximum(first, second)
+        x = jnp.maximum(larger[:, 1:], second[:, :-1])
         x = x.swapaxes(1, 2)  # columns become rows, and back
     return x
 
@@ -393,9 +403,9 @@ def max_pool(x: jax.Array) -> jax.Array:
 class ResidualBlock(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        channels = x.shape[-1]
-        inner = Conv(channels, (3, 3), dtype=x.dtype)(nn.relu(x))
-        return x + Conv(channels, (3, 3), dtype=x.dtype)(nn.relu(inner))
+        conv = partial(Conv, x.shape[-1], (3, 3), dtype=x.dtype)
+        inner = conv()(nn.relu(x))
+        return x + conv()(nn.relu(inner))
 
 
 class ConvSequence(nn.Module):
@@ -423,8 +433,8 @@ class ImpalaCNN(nn.Module):
     """
 
     num_actions: int
-    # In which all layers but the last compute; there bfloat16 is too coarse to tell actions apart.
-    # Weights are float32.
+    # All layers but the last compute in this; in the last, bfloat16 is too coarse to tell actions
+    # apart. Weights are float32.
     dtype: type = jnp.float32
 
     @nn.compact
@@ -465,8 +475,8 @@ NETWORKS = {"impala": ImpalaCNN, "nature": NatureCNN}
 def fewest_steps(n_step: int, num_envs: int) -> int:
     """Environment steps that a replay must hold before it is drawn from.
 
-    Of each game n steps ahead of the one drawn, and four to choose from, of which the first two are
-    forced, see AtariGames.
+    For each game, n steps that follow the one drawn, and four to draw from, since the first two may
+    be forced, see AtariGames.
     """
     return (n_step + 4) * num_envs
 
@@ -535,8 +545,9 @@ class FrameReplay:
         q_values = self.teacher_q_values
         if teacher_q_values is not None:  # one program with, one without
             q_values = put(q_values, teacher_q_values)
+        newest_frames = obs[:, -1].reshape(self.num_envs, -1)
         return self.replace(
-            frames=put(self.frames, obs[:, -1].reshape(self.num_envs, -1)),
+            frames=put(self.frames, newest_frames),
             actions=put(self.actions, step.actions),
             rewards=put(self.rewards, step.rewards),
             terminations=put(self.terminations, step.terminations),
@@ -556,9 +567,9 @@ class FrameReplay:
     def draw(self, batch_size: int, n_step: int, key: jax.Array) -> jax.Array:
         """Ids of steps that are not excluded, int32 (batch_size,); the newest has the highest."""
         size = len(self.rewards)
-        # From the oldest step whose three earlier frames are not overwritten yet, up to, but
-        # without, the first whose observation n steps on is not stored yet. `written` counts the
-        # steps of one environment.
+        # Drawn from [begin, end): begin is the oldest step whose three earlier frames are not
+        # overwritten yet, end the first whose observation n steps on is not stored yet. `written`
+        # counts the steps of one environment.
         begin = jnp.maximum((self.written + STACK - 1) * self.num_envs - size, 0)
         end = (self.written - n_step) * self.num_envs
         # A compiled program needs fixed shapes: draw too many, and sort those that are excluded to
@@ -567,8 +578,8 @@ class FrameReplay:
         candidates = jax.random.randint(key, (count,), begin, end)
         excluded = self.excluded[candidates % size]
         candidates = candidates[excluded.argsort()]
-        # If fewer than a batch are left, they are repeated. If all are excluded, as can be in a few
-        # rows, the limit of 1 avoids a division by 0.
+        # If fewer than a batch are left, they are repeated. If all are excluded, as early on, the
+        # limit of 1 avoids a division by 0.
         num_valid = jnp.maximum(count - excluded.sum(), 1)
         picked = jnp.arange(batch_size) % num_valid
         return candidates[picked]
@@ -586,7 +597,8 @@ class FrameReplay:
         bootstraps = ~(terminated & counted).any(1)
         num_rewards = counted.sum(1)  # at least 1, since the first step is not excluded
         next_ids = step_ids + num_rewards * self.num_envs
-        obs, next_obs = jnp.split(self.stacks(jnp.concatenate([step_ids, next_ids])), 2)
+        stacks = self.stacks(jnp.concatenate([step_ids, next_ids]))
+        obs, next_obs = jnp.split(stacks, 2)
         here = window[:, 0]
         return Batch(
             obs=obs,
@@ -670,9 +682,10 @@ class AtariGames:
         )
         self.num_actions = int(self.emulators.single_action_space.n)
 
-        # forced_actions[k] is forced while k are left: NOOP, then FIRE, then RIGHT. [0] never is.
-        launches = self.emulators.ale.get_action_set()[1] == ale_py.Action.FIRE
-        if launches:
+        # forced_actions[k] is forced while k are left, so it is read from its end: NOOP, then FIRE,
+        # then RIGHT. [0] is never forced.
+        has_fire = self.emulators.ale.get_action_set()[1] == ale_py.Action.FIRE
+        if has_fire:
             self.forced_actions = np.array([NOOP, RIGHT, FIRE, NOOP])
         else:
             self.forced_actions = np.array([NOOP, NOOP])
@@ -682,7 +695,7 @@ class AtariGames:
 
         self.images, info = self.emulators.reset(seed=seeds)  # in colour and full size
         self.lives = info["lives"]
-        # The number of each game's first frame, in ALE's count of all frames.
+        # The number of each game's first frame in ALE's count of all frames, which begins at 0.
         self.first_frames = np.zeros(num_envs, dtype=int)
         self.scores = np.zeros(num_envs)
         # What to act on, uint8 (num_envs, 4, 84, 84).
@@ -718,8 +731,9 @@ class AtariGames:
         first_frames = info["frame_number"] - info["episode_frame_number"]
         finished = []
         for env in np.flatnonzero(ended).tolist():
-            length = first_frames[env] - self.first_frames[env]
-            finished.append(FinishedGame(env, self.scores[env].item(), length.item()))
+            score = self.scores[env].item()
+            length = (first_frames[env] - self.first_frames[env]).item()
+            finished.append(FinishedGame(env, score, length))
         self.scores[ended] = 0
         self.first_frames = first_frames
 
@@ -758,7 +772,7 @@ def evaluate(
     num_envs = min(episodes, 10)
     seeds = seeds_for(purpose, args.seed, num_envs)
     games = AtariGames(args, seeds)
-    key = jax.random.PRNGKey(seeds[0])
+    key = key_for(purpose, args.seed)
     step = 0
     rounds = math.ceil(episodes / num_envs)
     scores = np.full((rounds, num_envs), np.nan)  # row k: the k-th game of each environment
@@ -787,6 +801,10 @@ def evaluate(
 # --- Training ---
 
 
+# Called with new parameters, old ones and tau; the old ones are donated.
+move_towards = jax.jit(optax.incremental_update, donate_argnums=1)
+
+
 class Learner:
     """The student, its target network, its optimizer, and the gradient step of phases 2 and 3."""
 
@@ -805,14 +823,12 @@ class Learner:
         self.learning_rate = args.learning_rate
         self.metrics: dict[str, jax.Array] = {}  # scalars of the last gradient step
 
-    def set_lambda(self, lambda_: float) -> float:
-        """Weigh the teacher by lambda; the learning rate, which is returned, follows."""
-        self.learning_rate = self.args.learning_rate
+    def set_lambda(self, lambda_: float):
+        """Weigh the teacher by lambda; the learning rate follows."""
         final = self.args.final_learning_rate
         if final is not None:
-            self.learning_rate = final + (self.learning_rate - final) * lambda_
+            self.learning_rate = final + (self.args.learning_rate - final) * lambda_
         self.distill_weight = self.args.distill_coef * lambda_
-        return self.learning_rate
 
     @partial(jax.jit, static_argnums=0, donate_argnums=(1, 2))
     def update(self, params, opt_state, target_params, replay, distill_weight, learning_rate):
@@ -871,9 +887,6 @@ class Learner:
         self.target_params = move_towards(self.params, self.target_params, tau)
 
 
-move_towards = jax.jit(optax.incremental_update, donate_argnums=1)  # of new, old, tau: the old
-
-
 @dataclass
 class Progress:
     """How far a run has come: each phase is a loop that goes on from here."""
@@ -910,7 +923,7 @@ def fill_teacher_buffer(run: "Run", learner: Learner, replay: FrameReplay) -> Fr
     args = run.args
     progress = run.progress
     file = None if args.teacher_buffer is None else Path(args.teacher_buffer)
-    if file is not None and file.exists():  # whole, whatever a resume has restored of it
+    if file is not None and file.exists():  # a whole buffer, in place of what a resume restored
         return load_teacher_buffer(file, run.made_with(), replay)
 
     num_envs = replay.num_envs  # eight times the student's: the teacher does not learn
@@ -925,7 +938,7 @@ def fill_teacher_buffer(run: "Run", learner: Learner, replay: FrameReplay) -> Fr
         actions, q_values = act(*run.teacher, key, progress.step, obs, epsilon)
         games.step_async(np.asarray(actions))
         step = games.step_wait()
-        replay = replay.add(obs, without_finished(step), q_values)
+        replay = replay.add(obs, without_finished(step), q_values)  # else compiled anew
         progress.advance(num_envs)
         bar.update(num_envs)
         if step.finished:
@@ -934,7 +947,8 @@ def fill_teacher_buffer(run: "Run", learner: Learner, replay: FrameReplay) -> Fr
 
     if file is not None:
         # By PyTorch, so that qdagger_dqn_atari_impalacnn.py can read it as well.
-        content = {"made_with": run.made_with(), "replay": jax.tree.map(torch.tensor, pack(replay))}
+        tensors = jax.tree.map(torch.tensor, pack(replay))
+        content = {"made_with": run.made_with(), "replay": tensors}
         write(partial(torch.save, content), file)
     return replay
 
@@ -1000,7 +1014,6 @@ def learn_online(run: "Run", learner: Learner, replay: FrameReplay) -> None:
     progress = run.progress
     exploration_steps = args.exploration_fraction * args.total_timesteps
     learning_starts = max(args.learning_starts, fewest_steps(args.n_step, args.num_envs))
-    learning_rate = args.learning_rate  # stays so without a teacher, where lambda means nothing
     learner.metrics = {}  # else those of the last offline step would be logged as online
 
     key = key_for("online", args.seed)
@@ -1019,8 +1032,8 @@ def learn_online(run: "Run", learner: Learner, replay: FrameReplay) -> None:
 
         # How much the teacher weighs, and how much the student explores.
         lambda_ = fade_teacher(args, progress)
-        if run.teacher is not None:
-            learning_rate = learner.set_lambda(lambda_)
+        if run.teacher is not None:  # else lambda means nothing
+            learner.set_lambda(lambda_)
         # global_step counts offline steps, too, as in CleanRL's file: by default epsilon begins
         # this phase at 0.5.
         epsilon = linear_schedule(args.start_e, args.end_e, exploration_steps, progress.global_step)
@@ -1059,7 +1072,7 @@ def learn_online(run: "Run", learner: Learner, replay: FrameReplay) -> None:
             scalars = {f"losses/{name}": value for name, value in metrics.items()}
             scalars["charts/epsilon"] = epsilon
             scalars["charts/distill_coeff"] = lambda_  # CleanRL's name for it
-            scalars["charts/learning_rate"] = learning_rate
+            scalars["charts/learning_rate"] = learner.learning_rate
             scalars["charts/SPS"] = end / progress.seconds
             run.log(scalars)
             student_return = np.mean(progress.recent_returns or math.nan)  # nan: no game yet
@@ -1103,7 +1116,7 @@ def train(args: Args, stop: Sequence[int] = ()) -> Path:
             run.progress.begin("teacher buffer")
     run.open_log()
     if saved is not None:
-        run.save_models(learner)  # if it was stopped between a checkpoint and its models
+        run.save_models(learner)  # which come after a checkpoint: a kill may have come between
     replay = run.make_replay(run.progress.phase, saved)
 
     if run.progress.phase == "teacher buffer":
@@ -1204,7 +1217,8 @@ class Run:
         """Make the directory, or go on in that of --resume, and begin to log."""
         self.directory.mkdir(parents=True, exist_ok=True)
         self.lock()
-        # What was logged after the checkpoint is logged again; if that is of phase 1, everything.
+        # What was logged after the checkpoint is purged, and logged again. At a checkpoint of phase
+        # 1 that is everything, since global_step is still 0.
         starts_anew = self.args.resume is None or self.progress.phase == "teacher buffer"
         first_step = 0 if starts_anew else self.progress.global_step + 1
 
@@ -1283,7 +1297,8 @@ class Run:
             "args": asdict(self.args),
             "facts": self.facts,
             "progress": asdict(self.progress),
-            "teacher": None if self.teacher is None else self.teacher[1],
+            "teacher": None if self.teacher is None else jax.tree.leaves(self.teacher[1]),
+            # Lists of arrays, since msgpack knows no optax state; `restore` gives them its form.
             "params": jax.tree.leaves(learner.params),
             "target_params": jax.tree.leaves(learner.target_params),
             "optimizer": jax.tree.leaves(learner.opt_state),
@@ -1313,13 +1328,14 @@ class Run:
         """Go on from a checkpoint; its replay is restored by `make_replay`."""
 
         def like(tree, leaves: list):
-            return jax.tree.unflatten(jax.tree.structure(tree), map(jnp.asarray, leaves))
+            leaves = [jnp.asarray(leaf) for leaf in leaves]
+            return jax.tree.unflatten(jax.tree.structure(tree), leaves)
 
         with must_fit(self.args):
             self.facts = saved["facts"] | self.facts
             self.progress = Progress(**saved["progress"])
             if saved["teacher"] is not None:
-                self.teacher = network_of(jax.tree.leaves(saved["teacher"]), self.num_actions)
+                self.teacher = network_of(saved["teacher"], self.num_actions)
             learner.params = like(learner.params, saved["params"])
             learner.target_params = like(learner.target_params, saved["target_params"])
             learner.opt_state = like(learner.opt_state, saved["optimizer"])
@@ -1382,15 +1398,18 @@ BLOCK = 4096  # frames that are compressed together
 def pack(replay) -> dict:
     """All that was written to a replay, on the host, its frames compressed by several threads."""
 
+    used = min(int(replay.written) * replay.num_envs, len(replay.rewards))
+
     def compress(begin: int) -> np.ndarray:
         block = np.asarray(replay.frames[begin : min(begin + BLOCK, used)])
         return np.frombuffer(zlib.compress(block, level=1), dtype=np.uint8)
 
-    used = min(int(replay.written) * replay.num_envs, len(replay.rewards))
-    with ThreadPoolExecutor(8) as pool:  # each has a block on the device
+    with ThreadPoolExecutor(8) as pool:  # each thread copies a block on the device
         frames = list(pool.map(compress, range(0, used, BLOCK)))
-    state = {name: np.asarray(getattr(replay, name)[:used]) for name in FIELDS}
-    return state | {"written": np.asarray(replay.written), "frames": frames}
+    state = {"written": np.asarray(replay.written), "frames": frames}
+    for name in FIELDS:
+        state[name] = np.asarray(getattr(replay, name)[:used])
+    return state
 
 
 def unpack(state, replay) -> FrameReplay:
@@ -1398,18 +1417,22 @@ def unpack(state, replay) -> FrameReplay:
 
     Its games are gone, so their last steps are excluded.
     """
-    used = len(state["actions"])
+    # Frames are written in place, block by block, since there is no room for a copy of them.
     put = jax.jit(partial(jax.lax.dynamic_update_slice_in_dim, axis=0), donate_argnums=0)
     frames = replay.frames
-    for begin, packed in zip(range(0, used, BLOCK), state["frames"], strict=True):
+    for block, packed in enumerate(state["frames"]):
         pixels = np.frombuffer(zlib.decompress(packed), np.uint8)
-        frames = put(frames, pixels.reshape(-1, SIDE * SIDE), begin)
-    fields = {name: getattr(replay, name).at[:used].set(state[name]) for name in FIELDS}
-    newest = state["written"] * replay.num_envs - 1 - np.arange(replay.num_envs)
-    newest %= len(replay.rewards)
-    fields["excluded"] = fields["excluded"].at[newest].set(True)
-    written = jnp.asarray(state["written"], jnp.int32)
-    return replay.replace(frames=frames, written=written, **fields)
+        frames = put(frames, pixels.reshape(-1, SIDE * SIDE), block * BLOCK)
+    replay = replay.replace(frames=frames, written=jnp.asarray(state["written"], jnp.int32))
+
+    # `x.at[here].set(y)` is a copy of x in which x[here] = y.
+    used = len(state["actions"])
+    for name in FIELDS:
+        restored = getattr(replay, name).at[:used].set(state[name])
+        replay = replay.replace(**{name: restored})
+    newest = (int(replay.written) - 1) * replay.num_envs % len(replay.rewards)
+    excluded = replay.excluded.at[newest : newest + replay.num_envs].set(True)
+    return replay.replace(excluded=excluded)
 
 
 def open_film(path, image):
@@ -1460,15 +1483,16 @@ def try_to_film():
 
 
 def network_of(weights: list, num_actions) -> tuple[nn.Module, dict]:
-    """The network of these weights and their tree, told by their shapes; ValueError if none."""
+    """The network that has weights of these shapes, and its params; ValueError if none has."""
     obs = jnp.zeros((1, STACK, SIDE, SIDE), jnp.uint8)
     shapes = [np.shape(weight) for weight in weights]
     for kind in NETWORKS.values():
         network = kind(num_actions)
+        # The tree of its weights with their shapes alone: nothing is computed.
         form = jax.eval_shape(network.init, jax.random.PRNGKey(0), obs)
         if [leaf.shape for leaf in jax.tree.leaves(form)] == shapes:
-            params = jax.tree.unflatten(jax.tree.structure(form), map(jnp.asarray, weights))
-            return network, params
+            arrays = [jnp.asarray(weight) for weight in weights]
+            return network, jax.tree.unflatten(jax.tree.structure(form), arrays)
     raise ValueError(
         f"no weights of a Nature CNN or Impala-CNN for the {num_actions} actions of --env-id"
     )
@@ -1477,17 +1501,22 @@ def network_of(weights: list, num_actions) -> tuple[nn.Module, dict]:
 def from_torch(state: dict[str, Tensor]) -> list[np.ndarray]:
     """A PyTorch network's weights in Flax's order, which is PyTorch's with each bias first.
 
-    PyTorch puts channels first, also before flattening an image: a kernel, (outputs, inputs, ...),
-    becomes (..., inputs, outputs).
+    PyTorch puts channels first, also where an image is flattened. So kernels are turned:
+
+        convolution             (outputs, channels, 3, 3)       to  (3, 3, channels, outputs)
+        layer after flattening  (outputs, channels * pixels)    to  (pixels * channels, outputs)
+        layer after a vector    (outputs, channels)             to  (channels, outputs)
     """
     arrays = [tensor.float().numpy() for tensor in state.values()]
     weights = []
     channels = STACK  # of what comes into a layer
-    for kernel, bias in zip(arrays[::2], arrays[1::2], strict=True):
+    kernels = arrays[::2]
+    biases = arrays[1::2]
+    for kernel, bias in zip(kernels, biases, strict=True):
         outputs = len(kernel)
         by_pixel = kernel.reshape(outputs, channels, -1)  # a vector has one pixel
-        by_pixel = by_pixel.transpose(2, 1, 0)
-        weights += [bias, by_pixel.reshape(*kernel.shape[2:], -1, outputs)]
+        turned = by_pixel.transpose(2, 1, 0)
+        weights += [bias, turned.reshape(*kernel.shape[2:], -1, outputs)]
         channels = outputs
     return weights
 
@@ -1565,7 +1594,6 @@ def find_teacher(args) -> tuple[Path, str]:
     if args.teacher != "auto":
         return Path(args.teacher), "as given"
     env_id = re.sub("ALE/(.*)-v5", r"\1NoFrameskip-v4", args.env_id)  # the older name of the game
-    default_repo = f"cleanrl/{env_id}-{Args.teacher_model_exp_name}-seed1"  # bundled here
     wanted = args.teacher_policy_hf_repo
     if wanted is None:
         wanted = f"cleanrl/{env_id}-{args.teacher_model_exp_name}-seed1"
@@ -1596,6 +1624,8 @@ def find_teacher(args) -> tuple[Path, str]:
                 path = Path(hf_hub_download(repo, file, revision=revision, local_files_only=True))
                 return path, f"from the cache of the hub, {repo}@{path.parent.name}; {silence}"
 
+    # A bundled file stands in for this repository alone.
+    default_repo = f"cleanrl/{env_id}-{Args.teacher_model_exp_name}-seed1"
     bundled = Path(__file__).parent / "teachers" / f"{env_id}.cleanrl_model"
     if wanted != default_repo or not bundled.exists():
         raise UserError(f"--teacher auto: {wanted} is not in the cache, and {silence}; give a PATH")
@@ -1733,13 +1763,9 @@ def validate(args, phase=None):
         require(args.learning_starts < args.total_timesteps, "learning_starts", rule)
         # Twice as many, so that there is a choice when the oldest three have lost their stacks.
         require(args.buffer_size >= 2 * fewest, "buffer_size", f"too few: {2 * fewest} or more")
-        rule = f"more than the {args.buffer_size} steps of --buffer-size"
-        require(args.batch_size <= args.buffer_size, "batch_size", rule)
     if offline_steps > 0:
         fewest *= TEACHER_ENVS_PER_ENV
         require(args.teacher_steps >= fewest, "teacher_steps", f"too few: {fewest} or more")
-        rule = f"more than the {args.teacher_steps} steps of --teacher-steps"
-        require(args.batch_size <= args.teacher_steps, "batch_size", rule)
     is_to_come = offline_steps > 0 and phase in (None, "teacher buffer")
     if args.teacher_buffer is not None and is_to_come:
         path = Path(args.teacher_buffer).absolute()
@@ -1793,6 +1819,7 @@ def play_model(args, stop):
 
 def parse_flags() -> Args:
     """The flags of the command line; with --resume, what is not said again is as it was."""
+    # A switch takes no value: neither --cuda=False nor --cuda False.
     for word, value in pairwise([*sys.argv[1:], ""]):
         flag, is_joined, joined = word.partition("=")
         name = flag.removeprefix("--").removeprefix("no-")
@@ -1824,7 +1851,10 @@ OUT_OF_MEMORY = re.compile("out of memory|allocate memory|RESOURCE_EXHAUSTED")
 
 
 def ignore_full_disk(failed):
-    """For errors of threads: one of the event file's is raised anew in `Run.log`, as a line."""
+    """No traceback when the thread that writes the event file meets a full disk.
+
+    `Run.log` raises that error again, as one line.
+    """
     if not issubclass(failed.exc_type, OSError):
         threading.__excepthook__(failed)
 

@@ -185,7 +185,7 @@ MUTANTS = {
     "the teacher's phase counted in logs": ('if self.phase != "teacher buffer":', "if True:"),
     "a checkpoint of the last phase counts in this one": ("        self.saved_step = 0\n", ""),
     "the learning rate no longer reaches Adam": (
-        'self.optimizer.param_groups[0]["lr"].fill_(learning_rate)',
+        'self.optimizer.param_groups[0]["lr"].fill_(self.learning_rate)',
         "pass",
     ),
     # teachers

@@ -59,7 +59,8 @@ def add_random_steps(replay: FrameReplay, rng: np.random.Generator, count: int) 
 def learner_and_replay(device: str = "cpu", **flags) -> tuple[Learner, FrameReplay]:
     """At lambda 0.5, where the learning rate is 7.5e-4."""
     learner = Learner(replace(ARGS, **flags), NUM_ACTIONS, torch.device(device))
-    assert learner.set_lambda(0.5) == pytest.approx(7.5e-4)
+    learner.set_lambda(0.5)
+    assert learner.learning_rate == pytest.approx(7.5e-4)
     replay = FrameReplay(100, NUM_ENVS, NUM_ACTIONS, device)
     add_random_steps(replay, np.random.default_rng(0), 40)
     return learner, replay
@@ -150,7 +151,8 @@ def test_the_learning_rate_follows_lambda_after_a_resume_too():
     learner.gradient_step(replay)
     learner.optimizer.load_state_dict(learner.optimizer.state_dict())
     for lambda_, learning_rate in ((1.0, 1e-3), (0.0, 5e-4)):
-        assert learner.set_lambda(lambda_) == pytest.approx(learning_rate)
+        learner.set_lambda(lambda_)
+        assert learner.learning_rate == pytest.approx(learning_rate)
         assert learner.optimizer.param_groups[0]["lr"].item() == pytest.approx(learning_rate)
 
 
@@ -299,8 +301,8 @@ def train_rounds(device: str, with_graphs: bool, **flags) -> Trained:
         draws.append(learner.generator.get_state().tolist())
 
         add_random_steps(replay, rng, 8)  # so that it wraps around
-        learning_rate = learner.set_lambda(turn % 2)
-        numbers.append(learning_rate)
+        learner.set_lambda(turn % 2)
+        numbers.append(learner.learning_rate)
         learner.update_target(0.7)
     return Trained(weights(learner.q_network) - before, numbers, draws)
 

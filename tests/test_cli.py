@@ -95,8 +95,6 @@ OTHERS = {
     "--learning-starts 100 --total-timesteps 100": "below the 100 of --total-timesteps",
     "--total-timesteps 0 --offline-steps 0": "nothing to do",
     "--total-timesteps 0 --teacher none": "nothing to do",
-    "--batch-size 200 --buffer-size 199": "the 199 steps of --buffer-size",
-    "--batch-size 1000 --teacher-steps 999": "the 999 steps of --teacher-steps",
     "--temperature 1e-12": "float32",
     "--exp-name a/b": "a name for files",
     "--exp-name ../up": "a name for files",

@@ -272,9 +272,9 @@ def test_a_batch_gives_both_the_same_loss_gradient_and_weights(name, huber, monk
     our_replay = FrameReplay.create(40, 1, 4)
     their_replay = sibling.FrameReplay(40, 1, 4)
 
-    our_rate = ours.set_lambda(0.5)
-    their_rate = theirs.set_lambda(0.5)
-    assert our_rate == their_rate == pytest.approx(5.5e-5)
+    ours.set_lambda(0.5)
+    theirs.set_lambda(0.5)
+    assert ours.learning_rate == theirs.learning_rate == pytest.approx(5.5e-5)
 
     for update in (1, 2, 3):
         before = [np.array(weight) for weight in jax.tree.leaves(ours.params)]
