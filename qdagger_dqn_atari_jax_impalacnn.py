@@ -1597,8 +1597,9 @@ def find_teacher(args) -> tuple[Path, str]:
     wanted = args.teacher_policy_hf_repo
     if wanted is None:
         wanted = f"cleanrl/{env_id}-{args.teacher_model_exp_name}-seed1"
-    repo, _, revision = wanted.partition("@")
-    revision = revision or None
+    repo, at, revision = wanted.partition("@")
+    if at == "":
+        revision = None  # the newest
     sb3 = re.search("/((dqn|qrdqn|ppo|a2c)-.*)", repo, re.IGNORECASE)
     file = f"{args.teacher_model_exp_name}.cleanrl_model" if sb3 is None else f"{sb3[1]}.zip"
 
@@ -1611,8 +1612,8 @@ def find_teacher(args) -> tuple[Path, str]:
             path = Path(hf_hub_download(repo, file, revision=revision))
             return path, f"from the hub, {repo}@{path.parent.name}"
         except Exception as error:
-            token_refused = isinstance(error, errors.HfHubHTTPError) and get_token() is not None
-            if token_refused and error.response.status_code == 401:
+            refused = isinstance(error, errors.HfHubHTTPError) and error.response.status_code == 401
+            if refused and get_token() is not None:
                 raise UserError(
                     f"--teacher-policy-hf-repo {wanted}: the hub refuses the token stored here, "
                     "even for what is public: `hf auth login` anew, or `hf auth logout`"

@@ -458,13 +458,15 @@ def scores(rows: pd.DataFrame) -> pd.DataFrame:
     """
     table = rows[rows.tag == "score/mean"][["kind", "game", "seed", "value"]]
     table = table.rename(columns={"value": "score"})
-    chance = table.game.map(lambda game: reference(game).random).astype(float)
     human = table.game.map(lambda game: reference(game).human).astype(float)
     teacher = table.game.map(lambda game: teacher_return(rows, game)).astype(float)
+    chance = table.game.map(lambda game: reference(game).random).astype(float)
 
-    table["human_normalised"] = (table.score - chance) / (human - chance)
-    share = (table.score - chance) / (teacher - chance)
-    table["teacher_normalised"] = share.where(teacher > chance)
+    score = table.score - chance
+    human -= chance
+    teacher -= chance
+    table["human_normalised"] = score / human
+    table["teacher_normalised"] = (score / teacher).where(teacher > 0)
     return table.sort_values(["game", "kind", "seed"]).reset_index(drop=True)
 
 
@@ -544,8 +546,9 @@ def markdown(rows: pd.DataFrame, labels: dict[str, str]) -> str:
     for game in games:
         mean = teacher_return(rows, game)
         teachers.append("–" if np.isnan(mean) else f"{mean:.1f}")
+    what = "mean score ± 95% interval, and % of what the teacher has above random play"
     lines = [
-        ["mean score, 95% interval, share of the teacher's above random play", *games, "seeds"],
+        [what, *games, "seeds"],
         ["---"] * (len(games) + 2),
         ["the teacher", *teachers, "–"],
     ]
