@@ -48,7 +48,7 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from functools import cache, partial
 from itertools import pairwise
 from pathlib import Path
@@ -105,8 +105,7 @@ def bfloat16_is_faster() -> bool:
 
 
 @dataclass
-class Args:
-    # run
+class RunArgs:
     exp_name: str = Path(__file__).stem  # names the run and its files
     seed: int = 1  # seeds networks, exploration, sampling and games
     torch_deterministic: bool = True  # let cuDNN choose deterministic kernels only
@@ -119,12 +118,16 @@ class Args:
     upload_model: bool = False  # publish the run on the Hugging Face hub at the end
     hf_entity: str = ""  # user or organisation on the hub; empty: whoever is logged in
 
-    # environment
+
+@dataclass
+class EnvironmentArgs:
     env_id: str = "BreakoutNoFrameskip-v4"  # a game of ale-py's, GAMENoFrameskip-v4 or ALE/GAME-v5
     num_envs: int = 4  # games the student plays side by side; updates per step stay the same
     repeat_action_probability: float | None = None  # sticky actions; unset: 0, in ALE/GAME-v5 0.25
 
-    # DQN
+
+@dataclass
+class DQNArgs:
     network: Literal["impala", "nature"] = "impala"  # architecture of the network that learns
     total_timesteps: int = 10_000_000  # steps of the online phase; --resume may raise it
     learning_rate: float = 1e-4  # Adam's step size; with --final-learning-rate, that at lambda = 1
@@ -143,7 +146,9 @@ class Args:
     learning_starts: int = 80_000  # online steps before the first online gradient step
     train_frequency: int = 4  # online steps per gradient step
 
-    # QDagger
+
+@dataclass
+class QDaggerArgs:
     teacher_steps: int = 500_000  # environment steps of the teacher's buffer
     offline_steps: int = 500_000  # gradient steps on the teacher's buffer; 0: no such buffer either
     temperature: float = 0.1  # of both policies to be compared, softmax(Q / temperature)
@@ -157,17 +162,38 @@ class Args:
     teacher_eval_episodes: int = 10  # games that measure the teacher
     teacher_buffer: str | None = None  # file to read the teacher's buffer from, or to write it to
 
-    # speed
+
+@dataclass
+class SpeedArgs:
     amp: bool = bfloat16_is_faster()  # all but the last layer in bfloat16, cast anew in each pass
     capture: bool = True  # on a GPU, run acting and each gradient step as CUDA graphs
     compile: bool = False  # let torch.compile fuse acting, and draw, passes and loss; takes minutes
 
-    # checkpoints and evaluation
+
+@dataclass
+class EvaluationArgs:
     checkpoint_frequency: int | None = None  # in steps; 0: only at evaluations; unset: 10 minutes
     resume: str | None = None  # go on with this run, runs/RUN, from its last checkpoint
     eval_frequency: int = 500_000  # online steps between evaluations; 0: at the end only
     eval_episodes: int = 10  # games per evaluation
     evaluate: str | None = None  # only play this saved model for eval_episodes games, print scores
+
+
+@dataclass
+class Args(EvaluationArgs, SpeedArgs, QDaggerArgs, DQNArgs, EnvironmentArgs, RunArgs):
+    """All flags, in the order above: a dataclass begins with the fields of its last base."""
+
+
+@dataclass
+class Groups:
+    """The flags as --help shows them."""
+
+    run: RunArgs
+    environment: EnvironmentArgs
+    dqn: DQNArgs
+    qdagger: QDaggerArgs
+    speed: SpeedArgs
+    evaluation: EvaluationArgs
 
 
 # Flags that must be above 0, and those that are shares of 1.
@@ -445,8 +471,8 @@ NETWORKS = {"impala": ImpalaCNN, "nature": NatureCNN}
 def fewest_steps(n_step: int, num_envs: int) -> int:
     """Environment steps that a replay must hold before it is drawn from.
 
-    For each game, n steps that follow the one drawn, and four to draw from, since the first two may
-    be forced, see AtariGames.
+    For each game, n steps that follow the one drawn, and four to draw from: two that may be forced
+    at its start, see AtariGames, and two to spare.
     """
     return (n_step + 4) * num_envs
 
@@ -462,7 +488,7 @@ class FrameReplay:
     older episode but repeats its own first frame.
 
     An `excluded` step is never drawn. A return that meets one stops before it and bootstraps from
-    the observation there. Excluded are:
+    its observation, which is stored. Excluded are:
     - a step that a time limit cut off, and a game's last step before a resume, since the next
       observation is not stored;
     - the steps that AtariGames forced at the start of a game or a life, which the agent did not
@@ -536,7 +562,8 @@ class FrameReplay:
         candidates = self.oldest + (uniform * (end - self.oldest)).long()
         valid_so_far = (~self.excluded[candidates % self.size]).cumsum(0)
         # If fewer than a batch are left, they are repeated. If all are excluded, as early on, the
-        # limit of 1 and the remainder below avoid an error.
+        # limit of 1 and the remainder below avoid an error, and the batch does no harm: it has no
+        # rewards, and its next observations are the same ones.
         num_valid = valid_so_far[-1].clamp(min=1)
         picked = torch.arange(batch_size, device=self.device) % num_valid
         # The valid one before which there are `picked` others.
@@ -554,7 +581,7 @@ class FrameReplay:
         exclusions_so_far = excluded.cumsum(1)
         counted = (terminations_before + exclusions_so_far) == 0
         bootstraps = ~(terminated & counted).any(1)
-        num_rewards = counted.sum(1)  # at least 1, since the first step is not excluded
+        num_rewards = counted.sum(1)  # at least 1, as the first step is not excluded
         next_ids = step_ids + num_rewards * self.num_envs
         obs, next_obs = self.stacks(torch.cat([step_ids, next_ids])).chunk(2)
         here = window[:, 0]
@@ -642,8 +669,7 @@ class AtariGames:
         )
         self.num_actions = int(self.emulators.single_action_space.n)
 
-        # forced_actions[k] is forced while k are left, so it is read from its end: NOOP, then FIRE,
-        # then RIGHT. [0] is never forced.
+        # forced_actions[k] is forced while k are left: at 3 NOOP, at 2 FIRE, at 1 RIGHT, at 0 none.
         has_fire = self.emulators.ale.get_action_set()[1] == ale_py.Action.FIRE
         if has_fire:
             self.forced_actions = np.array([NOOP, RIGHT, FIRE, NOOP])
@@ -953,7 +979,7 @@ def learn_offline(run: "Run", learner: Learner, replay: FrameReplay) -> None:
     run.checkpoint_if_due(learner, replay)
     learner.update_target(tau=1.0)  # phase 3 begins with two equal networks
     # The games just played give the first lambda of phase 3. A run that is resumed at the
-    # checkpoint above comes through here again.
+    # checkpoint above has no steps left and does not play them again, but comes through here.
     progress.recent_returns = progress.scores[:GAMES_FOR_LAMBDA]
 
 
@@ -989,8 +1015,8 @@ def learn_online(run: "Run", learner: Learner, replay: FrameReplay) -> None:
     while progress.step < args.total_timesteps:
         begin = progress.step
         end = begin + args.num_envs
-        # An evaluation is due if the last stride passed a multiple of its frequency. At step 0
-        # phase 2 has just done it.
+        # An evaluation is due if the last stride passed a multiple of its frequency. At step 0 it
+        # was the end of phase 2, if there was one.
         if begin > 0 and due(begin - args.num_envs, begin, args.eval_frequency):
             run.evaluate_once(learner, "eval/episodic_return")
         run.checkpoint_if_due(learner, replay)
@@ -1165,7 +1191,7 @@ class Run:
         play = partial(evaluate, self.teacher, args, games, self.device, self.stop)
         progress.teacher_return = float(np.mean(play()))
         if args.return_baseline == "random":
-            random_scores = play(epsilon=1.0, purpose="baseline")
+            random_scores = play(epsilon=1.0, purpose="baseline")  # the teacher never chooses
             progress.baseline_return = float(np.mean(random_scores))
         means = f"teacher: mean return {progress.teacher_return:.2f}"
         means += f", baseline {progress.baseline_return:.2f}"
@@ -1608,8 +1634,7 @@ def must_fit(args):
 def why_no_gpu() -> str:
     """Why torch sees none, and what helps."""
     wheels = "https://download.pytorch.org/whl"
-    has_driver = shutil.which("nvidia-smi") is not None or Path("/proc/driver/nvidia").exists()
-    if not has_driver:
+    if shutil.which("nvidia-smi") is None and not Path("/proc/driver/nvidia").exists():
         return "no GPU in this machine, or no driver for it"
     if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
         return "CUDA_VISIBLE_DEVICES hides the GPU"
@@ -1856,7 +1881,7 @@ def parse_flags() -> Args:
         if is_switch and (is_joined or value.lower() in ("true", "false")):
             rule = f"takes no value; it is --{name} or --no-{name}"
             raise UserError(f"{flag} {joined or value}: {rule}")
-    args = check_names(tyro.cli(Args, description=__doc__))
+    args = read_flags(Args())
     if args.resume is None:
         return args
     saved = load_checkpoint(Path(args.resume))
@@ -1864,12 +1889,29 @@ def parse_flags() -> Args:
         before = Args(**saved["args"])
         before.resume = args.resume
         before.evaluate = None
-    return check_names(tyro.cli(Args, description=__doc__, default=before))
+    return read_flags(before)
 
 
-def check_names(args) -> Args:
-    """The flags as they are; UserError for an empty one, such as a shell's unset variable."""
-    for flag, value in asdict(args).items():
+def read_flags(defaults: Args) -> Args:
+    """Those of the command line, which --help shows in groups; UserError for an empty one.
+
+    Such is a shell's unset variable.
+    """
+    groups = {}
+    for group in fields(Groups):
+        names = [flag.name for flag in fields(group.type)]
+        groups[group.name] = group.type(**{name: getattr(defaults, name) for name in names})
+    given = tyro.cli(
+        tyro.conf.OmitArgPrefixes[Groups],
+        description=__doc__.split("\n\nReincarnating")[0],  # what it is, and three commands
+        default=Groups(**groups),
+    )
+
+    values = {}
+    for group in vars(given).values():
+        values |= vars(group)
+    args = Args(**values)
+    for flag, value in values.items():
         if value == "" and flag != "hf_entity":
             refuse(args, flag, "is empty")
     return args

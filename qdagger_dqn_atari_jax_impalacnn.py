@@ -60,7 +60,7 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from itertools import pairwise
@@ -122,8 +122,7 @@ ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)
 
 
 @dataclass
-class Args:
-    # run
+class RunArgs:
     exp_name: str = Path(__file__).stem  # names the run and its files
     seed: int = 1  # seeds networks, exploration, sampling and games
     cuda: bool = True  # train on the GPU if there is one
@@ -135,12 +134,16 @@ class Args:
     upload_model: bool = False  # publish the run on the Hugging Face hub at the end
     hf_entity: str = ""  # user or organisation on the hub; empty: whoever is logged in
 
-    # environment
+
+@dataclass
+class EnvironmentArgs:
     env_id: str = "BreakoutNoFrameskip-v4"  # a game of ale-py's, GAMENoFrameskip-v4 or ALE/GAME-v5
     num_envs: int = 4  # games the student plays side by side; updates per step stay the same
     repeat_action_probability: float | None = None  # sticky actions; unset: 0, in ALE/GAME-v5 0.25
 
-    # DQN
+
+@dataclass
+class DQNArgs:
     network: Literal["impala", "nature"] = "impala"  # architecture of the network that learns
     total_timesteps: int = 10_000_000  # steps of the online phase; --resume may raise it
     learning_rate: float = 1e-4  # Adam's step size; with --final-learning-rate, that at lambda = 1
@@ -159,7 +162,9 @@ class Args:
     learning_starts: int = 80_000  # online steps before the first online gradient step
     train_frequency: int = 4  # online steps per gradient step
 
-    # QDagger
+
+@dataclass
+class QDaggerArgs:
     teacher_steps: int = 500_000  # environment steps of the teacher's buffer
     offline_steps: int = 500_000  # gradient steps on the teacher's buffer; 0: no such buffer either
     temperature: float = 0.1  # of both policies to be compared, softmax(Q / temperature)
@@ -173,15 +178,36 @@ class Args:
     teacher_eval_episodes: int = 10  # games that measure the teacher
     teacher_buffer: str | None = None  # file to read the teacher's buffer from, or to write it to
 
-    # speed
+
+@dataclass
+class SpeedArgs:
     amp: bool = False  # all layers but the last in bfloat16; slower on a CPU
 
-    # checkpoints and evaluation
+
+@dataclass
+class EvaluationArgs:
     checkpoint_frequency: int | None = None  # in steps; 0: only at evaluations; unset: 10 minutes
     resume: str | None = None  # go on with this run, runs/RUN, from its last checkpoint
     eval_frequency: int = 500_000  # online steps between evaluations; 0: at the end only
     eval_episodes: int = 10  # games per evaluation
     evaluate: str | None = None  # only play this saved model for eval_episodes games, print scores
+
+
+@dataclass
+class Args(EvaluationArgs, SpeedArgs, QDaggerArgs, DQNArgs, EnvironmentArgs, RunArgs):
+    """All flags, in the order above: a dataclass begins with the fields of its last base."""
+
+
+@dataclass
+class Groups:
+    """The flags as --help shows them."""
+
+    run: RunArgs
+    environment: EnvironmentArgs
+    dqn: DQNArgs
+    qdagger: QDaggerArgs
+    speed: SpeedArgs
+    evaluation: EvaluationArgs
 
 
 # Flags that must be above 0, and those that are shares of 1.
@@ -373,8 +399,9 @@ SIDE = 84  # their height and width
 
 # Under nn.compact a layer is declared where it is called; its weights are found in `params` by its
 # class and number, such as Conv_0. Files are read in the sorted order of these names and recognised
-# by shapes (see network_of): who reorders layers, or has more than ten of a class in a module, can
-# no longer read the files on the hub. Kernels begin as PyTorch's do, biases at 0.
+# by shapes, see network_of. Who reorders layers, or has more than ten of a class in a module, as
+# Conv_10 comes before Conv_2, can no longer read the files on the hub. Kernels begin as PyTorch's
+# do, biases at 0. Flax's Conv pads so that the image keeps its size.
 INIT = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 Conv = partial(nn.Conv, kernel_init=INIT)
 Dense = partial(nn.Dense, kernel_init=INIT)
@@ -403,9 +430,9 @@ def max_pool(x: jax.Array) -> jax.Array:
 class ResidualBlock(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        conv = partial(Conv, x.shape[-1], (3, 3), dtype=x.dtype)
-        inner = conv()(nn.relu(x))
-        return x + conv()(nn.relu(inner))
+        new_conv = partial(Conv, x.shape[-1], (3, 3), dtype=x.dtype)
+        inner = new_conv()(nn.relu(x))
+        return x + new_conv()(nn.relu(inner))
 
 
 class ConvSequence(nn.Module):
@@ -475,8 +502,8 @@ NETWORKS = {"impala": ImpalaCNN, "nature": NatureCNN}
 def fewest_steps(n_step: int, num_envs: int) -> int:
     """Environment steps that a replay must hold before it is drawn from.
 
-    For each game, n steps that follow the one drawn, and four to draw from, since the first two may
-    be forced, see AtariGames.
+    For each game, n steps that follow the one drawn, and four to draw from: two that may be forced
+    at its start, see AtariGames, and two to spare.
     """
     return (n_step + 4) * num_envs
 
@@ -493,7 +520,7 @@ class FrameReplay:
     older episode but repeats its own first frame.
 
     An `excluded` step is never drawn. A return that meets one stops before it and bootstraps from
-    the observation there. Excluded are:
+    its observation, which is stored. Excluded are:
     - a step that a time limit cut off, and a game's last step before a resume, since the next
       observation is not stored;
     - the steps that AtariGames forced at the start of a game or a life, which the agent did not
@@ -520,7 +547,7 @@ class FrameReplay:
             actions=jnp.zeros(size, jnp.int32),
             rewards=jnp.zeros(size),
             terminations=jnp.zeros(size, bool),
-            excluded=jnp.ones(size, bool),  # until they are written, see stacks
+            excluded=jnp.ones(size, bool),  # until they are written: no stack reaches into them
             teacher_q_values=jnp.zeros((size, num_actions)),
             written=jnp.int32(0),
             num_envs=num_envs,
@@ -567,9 +594,9 @@ class FrameReplay:
     def draw(self, batch_size: int, n_step: int, key: jax.Array) -> jax.Array:
         """Ids of steps that are not excluded, int32 (batch_size,); the newest has the highest."""
         size = len(self.rewards)
-        # Drawn from [begin, end): begin is the oldest step whose three earlier frames are not
-        # overwritten yet, end the first whose observation n steps on is not stored yet. `written`
-        # counts the steps of one environment.
+        # Drawn from [begin, end). `written` counts the steps of one environment, so the oldest that
+        # is stored has the id written * num_envs - size; begin is the first of which three earlier
+        # frames are, too, and end the first whose observation n steps on is not stored yet.
         begin = jnp.maximum((self.written + STACK - 1) * self.num_envs - size, 0)
         end = (self.written - n_step) * self.num_envs
         # A compiled program needs fixed shapes: draw too many, and sort those that are excluded to
@@ -578,8 +605,9 @@ class FrameReplay:
         candidates = jax.random.randint(key, (count,), begin, end)
         excluded = self.excluded[candidates % size]
         candidates = candidates[excluded.argsort()]
-        # If fewer than a batch are left, they are repeated. If all are excluded, as early on, the
-        # limit of 1 avoids a division by 0.
+        # If fewer than a batch are left, they are repeated. If all are excluded, as early on, 1
+        # avoids a division by 0, and the batch does no harm: it has no rewards, and its next
+        # observations are the same ones.
         num_valid = jnp.maximum(count - excluded.sum(), 1)
         picked = jnp.arange(batch_size) % num_valid
         return candidates[picked]
@@ -595,7 +623,7 @@ class FrameReplay:
         exclusions_so_far = excluded.cumsum(1)
         counted = (terminations_before + exclusions_so_far) == 0
         bootstraps = ~(terminated & counted).any(1)
-        num_rewards = counted.sum(1)  # at least 1, since the first step is not excluded
+        num_rewards = counted.sum(1)  # at least 1, as the first step is not excluded
         next_ids = step_ids + num_rewards * self.num_envs
         stacks = self.stacks(jnp.concatenate([step_ids, next_ids]))
         obs, next_obs = jnp.split(stacks, 2)
@@ -682,8 +710,7 @@ class AtariGames:
         )
         self.num_actions = int(self.emulators.single_action_space.n)
 
-        # forced_actions[k] is forced while k are left, so it is read from its end: NOOP, then FIRE,
-        # then RIGHT. [0] is never forced.
+        # forced_actions[k] is forced while k are left: at 3 NOOP, at 2 FIRE, at 1 RIGHT, at 0 none.
         has_fire = self.emulators.ale.get_action_set()[1] == ale_py.Action.FIRE
         if has_fire:
             self.forced_actions = np.array([NOOP, RIGHT, FIRE, NOOP])
@@ -813,7 +840,7 @@ class Learner:
         dtype = jnp.bfloat16 if args.amp else jnp.float32
         self.network = NETWORKS[args.network](num_actions, dtype)
         self.key = jax.random.PRNGKey(args.seed)
-        obs = np.zeros((1, STACK, SIDE, SIDE), np.uint8)
+        obs = np.zeros((1, STACK, SIDE, SIDE), np.uint8)  # only its shape counts
         self.params = jax.jit(self.network.init)(self.key, obs)
         # Copies, since `update` is given the arrays of params to use up.
         self.target_params = jax.tree.map(jnp.copy, self.params)
@@ -835,8 +862,8 @@ class Learner:
         """A gradient step as one XLA program: new params, opt_state and metrics.
 
         `replay` is only read, and not copied. The old params and opt_state may not be used again.
-        What is read from `self` is fixed when this is compiled; what changes from step to step is
-        an argument.
+        What is read from `self` is fixed when this is compiled, and a later change of it is not
+        seen; what changes from step to step is an argument.
         """
         args = self.args
         key = jax.random.fold_in(self.key, opt_state.count)  # gradient steps so far
@@ -857,7 +884,9 @@ class Learner:
             }
             return loss, metrics
 
+        # Of the first that loss_of returns; the second is passed through.
         gradient, metrics = jax.grad(loss_of, has_aux=True)(params)
+        # Adam's step before the learning rate and the sign.
         direction, opt_state = self.adam.update(gradient, opt_state)
         params = optax.tree.add_scale(params, -learning_rate, direction)
         return params, opt_state, metrics
@@ -938,7 +967,7 @@ def fill_teacher_buffer(run: "Run", learner: Learner, replay: FrameReplay) -> Fr
         actions, q_values = act(*run.teacher, key, progress.step, obs, epsilon)
         games.step_async(np.asarray(actions))
         step = games.step_wait()
-        replay = replay.add(obs, without_finished(step), q_values)  # else compiled anew
+        replay = replay.add(obs, without_finished(step), q_values)
         progress.advance(num_envs)
         bar.update(num_envs)
         if step.finished:
@@ -990,7 +1019,7 @@ def learn_offline(run: "Run", learner: Learner, replay: FrameReplay) -> None:
     run.checkpoint_if_due(learner, replay)
     learner.update_target(tau=1.0)  # phase 3 begins with two equal networks
     # The games just played give the first lambda of phase 3. A run that is resumed at the
-    # checkpoint above comes through here again.
+    # checkpoint above has no steps left and does not play them again, but comes through here.
     progress.recent_returns = progress.scores[:GAMES_FOR_LAMBDA]
 
 
@@ -1023,8 +1052,8 @@ def learn_online(run: "Run", learner: Learner, replay: FrameReplay) -> None:
     while progress.step < args.total_timesteps:
         begin = progress.step
         end = begin + args.num_envs
-        # An evaluation is due if the last stride passed a multiple of its frequency. At step 0
-        # phase 2 has just done it.
+        # An evaluation is due if the last stride passed a multiple of its frequency. At step 0 it
+        # was the end of phase 2, if there was one.
         if begin > 0 and due(begin - args.num_envs, begin, args.eval_frequency):
             run.evaluate_once(learner, "eval/episodic_return")
         run.checkpoint_if_due(learner, replay)
@@ -1186,7 +1215,7 @@ class Run:
         play = partial(evaluate, policy, args, args.teacher_eval_episodes, self.stop)
         progress.teacher_return = float(np.mean(play()))
         if args.return_baseline == "random":
-            random_scores = play(epsilon=1.0, purpose="baseline")
+            random_scores = play(epsilon=1.0, purpose="baseline")  # the teacher never chooses
             progress.baseline_return = float(np.mean(random_scores))
         means = f"teacher: mean return {progress.teacher_return:.2f}"
         means += f", baseline {progress.baseline_return:.2f}"
@@ -1387,7 +1416,7 @@ def key_for(purpose, seed) -> jax.Array:
 
 
 def without_finished(step: GameStep) -> GameStep:
-    """For `FrameReplay.add`, which would be compiled anew for each number of finished games."""
+    """For `FrameReplay.add`, which would be compiled anew for each length of that list."""
     return step._replace(finished=None)
 
 
@@ -1404,7 +1433,7 @@ def pack(replay) -> dict:
         block = np.asarray(replay.frames[begin : min(begin + BLOCK, used)])
         return np.frombuffer(zlib.compress(block, level=1), dtype=np.uint8)
 
-    with ThreadPoolExecutor(8) as pool:  # each thread copies a block on the device
+    with ThreadPoolExecutor(8) as pool:  # each thread slices on the device, then fetches
         frames = list(pool.map(compress, range(0, used, BLOCK)))
     state = {"written": np.asarray(replay.written), "frames": frames}
     for name in FIELDS:
@@ -1828,7 +1857,7 @@ def parse_flags() -> Args:
         if is_switch and (is_joined or value.lower() in ("true", "false")):
             rule = f"takes no value; it is --{name} or --no-{name}"
             raise UserError(f"{flag} {joined or value}: {rule}")
-    args = check_names(tyro.cli(Args, description=__doc__))
+    args = read_flags(Args())
     if args.resume is None:
         return args
     saved = load_checkpoint(Path(args.resume))
@@ -1836,12 +1865,29 @@ def parse_flags() -> Args:
         before = Args(**saved["args"])
         before.resume = args.resume
         before.evaluate = None
-    return check_names(tyro.cli(Args, description=__doc__, default=before))
+    return read_flags(before)
 
 
-def check_names(args) -> Args:
-    """The flags as they are; UserError for an empty one, such as a shell's unset variable."""
-    for flag, value in asdict(args).items():
+def read_flags(defaults: Args) -> Args:
+    """Those of the command line, which --help shows in groups; UserError for an empty one.
+
+    Such is a shell's unset variable.
+    """
+    groups = {}
+    for group in fields(Groups):
+        names = [flag.name for flag in fields(group.type)]
+        groups[group.name] = group.type(**{name: getattr(defaults, name) for name in names})
+    given = tyro.cli(
+        tyro.conf.OmitArgPrefixes[Groups],
+        description=__doc__.split("\n\nReincarnating")[0],  # what it is, and three commands
+        default=Groups(**groups),
+    )
+
+    values = {}
+    for group in vars(given).values():
+        values |= vars(group)
+    args = Args(**values)
+    for flag, value in values.items():
         if value == "" and flag != "hf_entity":
             refuse(args, flag, "is empty")
     return args

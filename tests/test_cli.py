@@ -238,7 +238,7 @@ def test_the_file_works_alone_and_without_the_signals_of_other_systems(tmp_path)
 
 def test_help_shows_every_flag_with_its_comment(command_line, monkeypatch):
     monkeypatch.setenv("COLUMNS", "400")
-    text_of_args = SOURCE.split("class Args:")[1].split("class ")[0]
+    text_of_args = SOURCE[SOURCE.index("class RunArgs:") : SOURCE.index("class Args(")]
     comments = re.findall(r"^    (\w+): .+?  # (.+)$", text_of_args, re.MULTILINE)
 
     code, out, _ = command_line("--help")

@@ -99,7 +99,7 @@ SAME = [
     "name_idle_flags",
     "check_unchanged",
     "parse_flags",
-    "check_names",
+    "read_flags",
     "ignore_full_disk",
 ]
 
