@@ -24,9 +24,9 @@ or -1:
     loss         = td_loss + distill_coef · λ · distill_loss
     λ            = 1[t < distill_steps] · clip(1 − G_student / G_teacher, 0, 1)
 
-t counts online steps, and G is a mean of raw scores of whole games. G_student is the mean of the
-student's last ten. The evaluation that ends phase 2 provides the first ten, and each game that ends
-in phase 3 replaces the oldest. While there are fewer than ten, λ is 1.
+t counts online steps, and G is a mean of raw scores of whole games, above --return-baseline.
+G_student is the mean of the student's last ten. The evaluation that ends phase 2 provides the first
+ten, and each game that ends in phase 3 replaces the oldest. While there are fewer than ten, λ is 1.
 """
 
 import copy
@@ -55,8 +55,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Literal, NamedTuple
 
-# Both are read when torch and tqdm are imported. Idle threads of torch stop spinning soon, so that
-# the games get the cores; and a log gets its line of progress every half minute.
+# Read when torch and tqdm are imported. Idle threads of torch stop spinning soon, so that the games
+# get the cores; and a log gets its line of progress every half minute.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 if not os.isatty(2):
     os.environ.setdefault("TQDM_MININTERVAL", "30")
@@ -95,7 +95,7 @@ ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)
 
 
 def bfloat16_is_faster() -> bool:
-    """Where it was measured to be: CPUs of Intel with AMX, of AMD with AVX-512 for bfloat16."""
+    """Only on CPUs measured so: Intel's with AMX, AMD's with AVX-512 for bfloat16. On no GPU."""
     if torch.cuda.is_available() or not hasattr(torch.cpu, "get_capabilities"):
         return False
     cpu = torch.cpu.get_capabilities()
@@ -110,10 +110,10 @@ class RunArgs:
     seed: int = 1  # seeds networks, exploration, sampling and games
     torch_deterministic: bool = True  # let cuDNN choose deterministic kernels only
     cuda: bool = True  # train on the GPU if there is one
-    track: bool = False  # log the run to Weights & Biases as well (extra `track`)
+    track: bool = False  # log the run to Weights & Biases as well; needs wandb
     wandb_project_name: str = "cleanRL"  # project at Weights & Biases
     wandb_entity: str | None = None  # user or team at Weights & Biases
-    capture_video: bool = False  # film a game of each evaluation to runs/RUN/videos (extra `video`)
+    capture_video: bool = False  # film a game of each evaluation to runs/RUN/videos; needs moviepy
     save_model: bool = False  # keep the last network and that of the best evaluation in runs/RUN
     upload_model: bool = False  # publish the run on the Hugging Face hub at the end
     hf_entity: str = ""  # user or organisation on the hub; empty: whoever is logged in
@@ -122,7 +122,7 @@ class RunArgs:
 @dataclass
 class EnvironmentArgs:
     env_id: str = "BreakoutNoFrameskip-v4"  # a game of ale-py's, GAMENoFrameskip-v4 or ALE/GAME-v5
-    num_envs: int = 4  # games the student plays side by side; updates per step stay the same
+    num_envs: int = 4  # games the student plays side by side; the teacher plays 8 times as many
     repeat_action_probability: float | None = None  # sticky actions; unset: 0, in ALE/GAME-v5 0.25
 
 
@@ -142,7 +142,7 @@ class DQNArgs:
     huber: bool = False  # Huber instead of squared TD error
     start_e: float = 1.0  # exploration at first, while the teacher or the student plays
     end_e: float = 0.01  # exploration in the end, and in every evaluation
-    exploration_fraction: float = 0.10  # exploration falls for this share of total_timesteps
+    exploration_fraction: float = 0.10  # share of total_timesteps in which it falls, offline too
     learning_starts: int = 80_000  # online steps before the first online gradient step
     train_frequency: int = 4  # online steps per gradient step
 
@@ -150,12 +150,12 @@ class DQNArgs:
 @dataclass
 class QDaggerArgs:
     teacher_steps: int = 500_000  # environment steps of the teacher's buffer
-    offline_steps: int = 500_000  # gradient steps on the teacher's buffer; 0: no such buffer either
-    temperature: float = 0.1  # of both policies to be compared, softmax(Q / temperature)
+    offline_steps: int = 500_000  # gradient steps on the teacher's buffer; 0: it is not made at all
+    temperature: float = 0.1  # makes policies of Q-values, softmax(Q / temperature), to compare
     distill_coef: float = 3.0  # weight of the distillation loss, times lambda
     distill_steps: int | None = None  # online steps after which lambda is 0; unset: never cut off
     distill_latch: bool = False  # once lambda was 0, keep it there
-    return_baseline: Literal["zero", "random"] = "zero"  # score taken off both returns in lambda
+    return_baseline: Literal["zero", "random"] = "zero"  # score that lambda counts from
     teacher: str = "auto"  # auto (hub, else bundled), none (DQN from scratch), or a model's PATH
     teacher_policy_hf_repo: str | None = None  # hub REPO or REPO@REVISION; unset: CleanRL's
     teacher_model_exp_name: str = "dqn_atari"  # the teacher's file on the hub, without its ending
@@ -165,18 +165,18 @@ class QDaggerArgs:
 
 @dataclass
 class SpeedArgs:
-    amp: bool = bfloat16_is_faster()  # all but the last layer in bfloat16, cast anew in each pass
+    amp: bool = bfloat16_is_faster()  # bfloat16 but for the last layer, cast anew in each pass
     capture: bool = True  # on a GPU, run acting and each gradient step as CUDA graphs
-    compile: bool = False  # let torch.compile fuse acting, and draw, passes and loss; takes minutes
+    compile: bool = False  # fuse kernels by torch.compile, which takes minutes at first
 
 
 @dataclass
 class EvaluationArgs:
-    checkpoint_frequency: int | None = None  # in steps; 0: only at evaluations; unset: 10 minutes
+    checkpoint_frequency: int | None = None  # steps between; 0: only at evaluations; unset: 10 min
     resume: str | None = None  # go on with this run, runs/RUN, from its last checkpoint
     eval_frequency: int = 500_000  # online steps between evaluations; 0: at the end only
     eval_episodes: int = 10  # games per evaluation
-    evaluate: str | None = None  # only play this saved model for eval_episodes games, print scores
+    evaluate: str | None = None  # only play this saved model of --env-id, eval_episodes games
 
 
 @dataclass
@@ -195,38 +195,6 @@ class Groups:
     speed: SpeedArgs
     evaluation: EvaluationArgs
 
-
-# Flags that must be above 0, and those that are shares of 1.
-POSITIVE = {
-    "num_envs",
-    "buffer_size",
-    "batch_size",
-    "n_step",
-    "train_frequency",
-    "target_network_frequency",
-    "learning_rate",
-    "adam_eps",
-    "temperature",
-    "teacher_eval_episodes",
-    "eval_episodes",
-}
-SHARES = {"gamma", "tau", "start_e", "end_e", "exploration_fraction", "repeat_action_probability"}
-
-# Flags that play no part without a teacher.
-OF_THE_TEACHER = {
-    "teacher_steps",
-    "offline_steps",
-    "temperature",
-    "distill_coef",
-    "distill_steps",
-    "distill_latch",
-    "return_baseline",
-    "final_learning_rate",
-    "teacher_policy_hf_repo",
-    "teacher_model_exp_name",
-    "teacher_eval_episodes",
-    "teacher_buffer",
-}
 
 # Flags that may be changed when a run is resumed. A larger total_timesteps stretches exploration.
 MAY_CHANGE = {
@@ -488,7 +456,7 @@ class FrameReplay:
     older episode but repeats its own first frame.
 
     An `excluded` step is never drawn. A return that meets one stops before it and bootstraps from
-    its observation, which is stored. Excluded are:
+    the observation before that step, which is stored. Excluded are:
     - a step that a time limit cut off, and a game's last step before a resume, since the next
       observation is not stored;
     - the steps that AtariGames forced at the start of a game or a life, which the agent did not
@@ -519,7 +487,8 @@ class FrameReplay:
         What a draw reads is kept as tensors, since a CUDA graph would freeze numbers.
         """
         self.written = written
-        # The oldest step whose three earlier frames are not overwritten yet.
+        # The oldest step whose three earlier frames are stored, too; step 0 until the ring is full.
+        # Then the slots before the oldest step hold the newest ones.
         self.oldest.fill_(max((written + STACK - 1) * self.num_envs - self.size, 0))
         self.next_id.fill_(written * self.num_envs)
 
@@ -527,7 +496,8 @@ class FrameReplay:
         """Store a step of each game.
 
         `frames`, uint8 (num_envs, 84, 84), are the newest of the observation before the step;
-        Q-values there are (num_envs, num_actions), and what was stored stays if there are none.
+        Q-values there are (num_envs, num_actions). Without any, which is when lambda is 0, old ones
+        stay.
         """
         # The slice never wraps around, since the size is a multiple of num_envs.
         begin = self.written * self.num_envs % self.size
@@ -555,19 +525,20 @@ class FrameReplay:
         return self.transitions(step_ids, n_step, gamma)
 
     def draw(self, batch_size: int, n_step: int, uniform: Tensor) -> Tensor:
-        """Ids of steps that are not excluded, int64 (batch_size,); the newest has the highest."""
+        """Ids of steps that are not excluded, int64 (batch_size,); see the class."""
         # Up to, but without, the first step whose observation n steps on is not stored yet.
         end = self.next_id - n_step * self.num_envs
         # A CUDA graph needs fixed shapes: draw too many, and take the first that are not excluded.
         candidates = self.oldest + (uniform * (end - self.oldest)).long()
         valid_so_far = (~self.excluded[candidates % self.size]).cumsum(0)
-        # If fewer than a batch are left, they are repeated. If all are excluded, as early on, the
-        # limit of 1 and the remainder below avoid an error, and the batch does no harm: it has no
-        # rewards, and its next observations are the same ones.
+        # If fewer than a batch are left, they are repeated.
         num_valid = valid_so_far[-1].clamp(min=1)
         picked = torch.arange(batch_size, device=self.device) % num_valid
         # The valid one before which there are `picked` others.
-        chosen = torch.searchsorted(valid_so_far, picked, right=True) % len(uniform)
+        chosen = torch.searchsorted(valid_so_far, picked, right=True)
+        # If all are excluded, as early on, the search ends past the last one. Any will do then: the
+        # batch has no rewards, and its next observations are the same ones.
+        chosen %= len(uniform)
         return candidates[chosen]
 
     def transitions(self, step_ids: Tensor, n_step: int, gamma: float) -> Batch:
@@ -577,7 +548,7 @@ class FrameReplay:
         terminated = self.terminations[window]
         excluded = self.excluded[window]
         # Rewards count up to and including a termination, and up to, but without, an excluded step.
-        terminations_before = terminated.cumsum(1) > terminated
+        terminations_before = terminated.cumsum(1) > terminated  # of 0, 1, 0 it is 0, 0, 1
         exclusions_so_far = excluded.cumsum(1)
         counted = (terminations_before + exclusions_so_far) == 0
         bootstraps = ~(terminated & counted).any(1)
@@ -596,6 +567,7 @@ class FrameReplay:
 
     def slots(self, step_ids: Tensor, steps_on: Tensor) -> Tensor:
         """Where the steps are stored that come `steps_on` later in the same games."""
+        # step_ids + steps_on * num_envs, in one kernel
         return torch.add(step_ids[:, None], steps_on, alpha=self.num_envs) % self.size
 
     def stacks(self, step_ids: Tensor) -> Tensor:
@@ -843,8 +815,9 @@ class Learner(nn.Module):  # for a state_dict of both networks
         """The loss of a batch that is drawn by random numbers, and what is logged of it."""
         args = self.args
         batch = replay.sample(args.batch_size, args.n_step, args.gamma, uniform)
+        # One after the other; on a GPU both at once.
         next_q_values, q_values = side_by_side(
-            partial(self.target_network, batch.next_obs),  # whose weights need no gradient
+            partial(self.target_network, batch.next_obs),
             partial(self.q_network, batch.obs),
             batch.obs.device,
         )
@@ -912,14 +885,14 @@ def fill_teacher_buffer(run: "Run", learner: Learner, replay: FrameReplay) -> No
     args = run.args
     progress = run.progress
     file = None if args.teacher_buffer is None else Path(args.teacher_buffer)
-    if file is not None and file.exists():  # a whole buffer, in place of what a resume restored
+    if file is not None and file.exists():  # all of phase 1, whatever a resume restored of it
         load_teacher_buffer(file, run.made_with(), replay)
         return
 
     num_envs = replay.num_envs  # eight times the student's: the teacher does not learn
     generator = run.teacher_generator
     games = AtariGames(args, seeds_for("teacher buffer", args.seed, num_envs, progress.step))
-    # A function of obs and epsilon, as one CUDA graph on a GPU.
+    # A function of obs and epsilon, on a GPU one CUDA graph, which must know its generator.
     policy = graphed(partial(act, run.teacher, generator), generator, args.capture)
 
     bar = tqdm(total=args.teacher_steps, initial=progress.step, desc="teacher buffer", unit="step")
@@ -978,8 +951,8 @@ def learn_offline(run: "Run", learner: Learner, replay: FrameReplay) -> None:
     run.evaluate_once(learner, "charts/offline/avg_episodic_return")
     run.checkpoint_if_due(learner, replay)
     learner.update_target(tau=1.0)  # phase 3 begins with two equal networks
-    # The games just played give the first lambda of phase 3. A run that is resumed at the
-    # checkpoint above has no steps left and does not play them again, but comes through here.
+    # The games just played give the first lambda of phase 3, also after a resume at the checkpoint
+    # above, which has their scores.
     progress.recent_returns = progress.scores[:GAMES_FOR_LAMBDA]
 
 
@@ -1008,15 +981,15 @@ def learn_online(run: "Run", learner: Learner, replay: FrameReplay) -> None:
     games = AtariGames(args, seeds_for("online", args.seed, args.num_envs, progress.step))
     generator = learner.generator
     policy = graphed(partial(act, learner.q_network, generator), generator, args.capture)
-    ask_teacher = graphed(run.teacher, generator, args.capture)  # not called without one
+    ask_teacher = graphed(run.teacher, generator, args.capture)  # frozen; not called without one
     gradient_step = graphed(partial(learner.gradient_step, replay), generator, args.capture)
 
     bar = tqdm(total=args.total_timesteps, initial=progress.step, desc="online", unit="step")
     while progress.step < args.total_timesteps:
         begin = progress.step
         end = begin + args.num_envs
-        # An evaluation is due if the last stride passed a multiple of its frequency. At step 0 it
-        # was the end of phase 2, if there was one.
+        # If the last stride passed a multiple of the frequency. It is done here and not after that
+        # stride, so that one that a signal stopped is repeated. At step 0 phase 2 has done it.
         if begin > 0 and due(begin - args.num_envs, begin, args.eval_frequency):
             run.evaluate_once(learner, "eval/episodic_return")
         run.checkpoint_if_due(learner, replay)
@@ -1024,7 +997,7 @@ def learn_online(run: "Run", learner: Learner, replay: FrameReplay) -> None:
 
         # How much the teacher weighs, and how much the student explores.
         lambda_ = fade_teacher(args, progress)
-        if run.teacher is not None:  # else lambda means nothing
+        if run.teacher is not None:  # else final_learning_rate would apply
             learner.set_lambda(lambda_)
         # global_step counts offline steps, too, as in CleanRL's file: by default epsilon begins
         # this phase at 0.5.
@@ -1087,7 +1060,7 @@ def train(args: Args, stop: Sequence[int] = ()) -> Path:
     phase = None
     if args.resume is not None:
         saved = load_checkpoint(Path(args.resume))
-        with must_fit(args):
+        with reading_checkpoint(args):
             phase = saved["progress"]["phase"]
             check_unchanged(args, saved["args"])
     validate(args, phase)
@@ -1111,7 +1084,7 @@ def train(args: Args, stop: Sequence[int] = ()) -> Path:
             run.progress.begin("teacher buffer")
     run.open_log()
     if saved is not None:
-        run.save_models(learner)  # which come after a checkpoint: a kill may have come between
+        run.save_models(learner)  # a kill may have come between a checkpoint and these
     replay = run.make_replay(run.progress.phase, saved)
 
     if run.progress.phase == "teacher buffer":
@@ -1168,7 +1141,7 @@ class Run:
             self.device = torch.device("cuda")
             self.facts["device"] = torch.cuda.get_device_name()
         elif args.cuda:
-            print(f"--cuda: {why_no_gpu()}; on this CPU ten million steps take days")
+            print(f"--cuda: {why_no_gpu()}; on a CPU a million steps take five hours or more")
         # Its own, so that the student is the same if --teacher-buffer makes this phase needless.
         seed = seeds_for("teacher buffer", args.seed, 1)[0]
         self.teacher_generator = torch.Generator(self.device).manual_seed(int(seed))
@@ -1193,9 +1166,9 @@ class Run:
         if args.return_baseline == "random":
             random_scores = play(epsilon=1.0, purpose="baseline")  # the teacher never chooses
             progress.baseline_return = float(np.mean(random_scores))
-        means = f"teacher: mean return {progress.teacher_return:.2f}"
+        means = f"mean return {progress.teacher_return:.2f}"
         means += f", baseline {progress.baseline_return:.2f}"
-        print(means)
+        print(f"teacher: {means}")
         if progress.teacher_return <= progress.baseline_return:
             advice = "take another"
             if args.return_baseline != "random":
@@ -1331,13 +1304,14 @@ class Run:
 
     def restore(self, saved, learner):
         """Go on from a checkpoint; its replay is restored by `make_replay`."""
-        with must_fit(self.args):
+        with reading_checkpoint(self.args):
             self.facts = saved["facts"] | self.facts
             self.progress = Progress(**saved["progress"])
             if saved["teacher"] is not None:
                 self.teacher = network_of(saved["teacher"], self.num_actions).to(self.device)
             self.teacher_generator.set_state(saved["teacher_generator"])
             learner.load_state_dict(saved["networks"])
+            # Without its settings, which follow this run's flags.
             optimizer = learner.optimizer.state_dict() | {"state": saved["optimizer"]}
             learner.optimizer.load_state_dict(optimizer)
             learner.generator.set_state(saved["generator"])
@@ -1351,7 +1325,7 @@ class Run:
             num_envs *= TEACHER_ENVS_PER_ENV
         replay = FrameReplay(capacity, num_envs, self.num_actions, self.device)
         if saved is not None:
-            with must_fit(self.args):
+            with reading_checkpoint(self.args):
                 unpack(saved.pop("replay"), replay)
         return replay
 
@@ -1398,6 +1372,7 @@ def pack(replay) -> dict:
     used = min(replay.written * replay.num_envs, replay.size)
     with ThreadPoolExecutor() as pool:
         frames = list(pool.map(compress, replay.frames[:used].split(BLOCK)))
+    # Clones, since torch.save would write all of what a slice is of.
     state = {name: getattr(replay, name)[:used].clone() for name in FIELDS}
     return state | {"written": torch.tensor(replay.written), "frames": frames}
 
@@ -1619,14 +1594,16 @@ def load_checkpoint(run_dir) -> dict:
     """The newest whole state of a run: tensors and plain values. UserError if there is none."""
     for name in ("checkpoint.pt", "checkpoint.previous.pt"):
         path = run_dir / name
+        if not path.exists():
+            continue
         try:
             return load(path)
         except Exception as error:
             print(f"--resume: {path} cannot be read: {type(error).__name__}")
-    raise UserError(f"--resume {run_dir}: no checkpoint of this version in it")
+    raise UserError(f"--resume {run_dir}: no checkpoint of this version in it, give runs/RUN")
 
 
-def must_fit(args):
+def reading_checkpoint(args):
     """For what is read from the checkpoint of --resume."""
     return user_error(f"--resume {args.resume}: its checkpoint does not fit")
 
@@ -1782,6 +1759,39 @@ def refuse(args, flag, rule):
     raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: {rule}")
 
 
+# Flags that must be above 0, and those that are shares of 1.
+POSITIVE = {
+    "num_envs",
+    "buffer_size",
+    "batch_size",
+    "n_step",
+    "train_frequency",
+    "target_network_frequency",
+    "learning_rate",
+    "adam_eps",
+    "temperature",
+    "teacher_eval_episodes",
+    "eval_episodes",
+}
+SHARES = {"gamma", "tau", "start_e", "end_e", "exploration_fraction", "repeat_action_probability"}
+
+# Flags that play no part without a teacher.
+OF_THE_TEACHER = {
+    "teacher_steps",
+    "offline_steps",
+    "temperature",
+    "distill_coef",
+    "distill_steps",
+    "distill_latch",
+    "return_baseline",
+    "final_learning_rate",
+    "teacher_policy_hf_repo",
+    "teacher_model_exp_name",
+    "teacher_eval_episodes",
+    "teacher_buffer",
+}
+
+
 def validate(args, phase=None):
     """UserError for the first flag that cannot work; --resume goes on in `phase`."""
 
@@ -1853,7 +1863,8 @@ def check_unchanged(args, before):
     """UserError for the first flag that a resumed run must keep, but that is another."""
     for flag, value in before.items():
         if flag not in MAY_CHANGE and getattr(args, flag) != value:
-            refuse(args, flag, f"the run to be resumed has {value}; leave out --resume")
+            rule = f"the run to be resumed has {value}; leave out this flag, or --resume"
+            refuse(args, flag, rule)
 
 
 def play_model(args, stop):
@@ -1950,8 +1961,8 @@ def cores(root: Path = Path("/")) -> int:
     return max(1, granted)
 
 
-# As allocators say it: CUDA's, a CPU's and XLA's.
-OUT_OF_MEMORY = re.compile("out of memory|allocate memory|RESOURCE_EXHAUSTED")
+# As allocators say it: CUDA's and a CPU's.
+OUT_OF_MEMORY = re.compile("out of memory|allocate memory")
 
 
 def ignore_full_disk(failed):

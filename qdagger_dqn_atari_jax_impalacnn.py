@@ -24,9 +24,9 @@ or -1:
     loss         = td_loss + distill_coef · λ · distill_loss
     λ            = 1[t < distill_steps] · clip(1 − G_student / G_teacher, 0, 1)
 
-t counts online steps, and G is a mean of raw scores of whole games. G_student is the mean of the
-student's last ten. The evaluation that ends phase 2 provides the first ten, and each game that ends
-in phase 3 replaces the oldest. While there are fewer than ten, λ is 1.
+t counts online steps, and G is a mean of raw scores of whole games, above --return-baseline.
+G_student is the mean of the student's last ten. The evaluation that ends phase 2 provides the first
+ten, and each game that ends in phase 3 replaces the oldest. While there are fewer than ten, λ is 1.
 
 How JAX differs from PyTorch, whose version is qdagger_dqn_atari_impalacnn.py:
 
@@ -126,10 +126,10 @@ class RunArgs:
     exp_name: str = Path(__file__).stem  # names the run and its files
     seed: int = 1  # seeds networks, exploration, sampling and games
     cuda: bool = True  # train on the GPU if there is one
-    track: bool = False  # log the run to Weights & Biases as well (extra `track`)
+    track: bool = False  # log the run to Weights & Biases as well; needs wandb
     wandb_project_name: str = "cleanRL"  # project at Weights & Biases
     wandb_entity: str | None = None  # user or team at Weights & Biases
-    capture_video: bool = False  # film a game of each evaluation to runs/RUN/videos (extra `video`)
+    capture_video: bool = False  # film a game of each evaluation to runs/RUN/videos; needs moviepy
     save_model: bool = False  # keep the last network and that of the best evaluation in runs/RUN
     upload_model: bool = False  # publish the run on the Hugging Face hub at the end
     hf_entity: str = ""  # user or organisation on the hub; empty: whoever is logged in
@@ -138,7 +138,7 @@ class RunArgs:
 @dataclass
 class EnvironmentArgs:
     env_id: str = "BreakoutNoFrameskip-v4"  # a game of ale-py's, GAMENoFrameskip-v4 or ALE/GAME-v5
-    num_envs: int = 4  # games the student plays side by side; updates per step stay the same
+    num_envs: int = 4  # games the student plays side by side; the teacher plays 8 times as many
     repeat_action_probability: float | None = None  # sticky actions; unset: 0, in ALE/GAME-v5 0.25
 
 
@@ -158,7 +158,7 @@ class DQNArgs:
     huber: bool = False  # Huber instead of squared TD error
     start_e: float = 1.0  # exploration at first, while the teacher or the student plays
     end_e: float = 0.01  # exploration in the end, and in every evaluation
-    exploration_fraction: float = 0.10  # exploration falls for this share of total_timesteps
+    exploration_fraction: float = 0.10  # share of total_timesteps in which it falls, offline too
     learning_starts: int = 80_000  # online steps before the first online gradient step
     train_frequency: int = 4  # online steps per gradient step
 
@@ -166,12 +166,12 @@ class DQNArgs:
 @dataclass
 class QDaggerArgs:
     teacher_steps: int = 500_000  # environment steps of the teacher's buffer
-    offline_steps: int = 500_000  # gradient steps on the teacher's buffer; 0: no such buffer either
-    temperature: float = 0.1  # of both policies to be compared, softmax(Q / temperature)
+    offline_steps: int = 500_000  # gradient steps on the teacher's buffer; 0: it is not made at all
+    temperature: float = 0.1  # makes policies of Q-values, softmax(Q / temperature), to compare
     distill_coef: float = 3.0  # weight of the distillation loss, times lambda
     distill_steps: int | None = None  # online steps after which lambda is 0; unset: never cut off
     distill_latch: bool = False  # once lambda was 0, keep it there
-    return_baseline: Literal["zero", "random"] = "zero"  # score taken off both returns in lambda
+    return_baseline: Literal["zero", "random"] = "zero"  # score that lambda counts from
     teacher: str = "auto"  # auto (hub, else bundled), none (DQN from scratch), or a model's PATH
     teacher_policy_hf_repo: str | None = None  # hub REPO or REPO@REVISION; unset: CleanRL's
     teacher_model_exp_name: str = "dqn_atari_jax"  # the teacher's file there, without its ending
@@ -186,11 +186,11 @@ class SpeedArgs:
 
 @dataclass
 class EvaluationArgs:
-    checkpoint_frequency: int | None = None  # in steps; 0: only at evaluations; unset: 10 minutes
+    checkpoint_frequency: int | None = None  # steps between; 0: only at evaluations; unset: 10 min
     resume: str | None = None  # go on with this run, runs/RUN, from its last checkpoint
     eval_frequency: int = 500_000  # online steps between evaluations; 0: at the end only
     eval_episodes: int = 10  # games per evaluation
-    evaluate: str | None = None  # only play this saved model for eval_episodes games, print scores
+    evaluate: str | None = None  # only play this saved model of --env-id, eval_episodes games
 
 
 @dataclass
@@ -209,38 +209,6 @@ class Groups:
     speed: SpeedArgs
     evaluation: EvaluationArgs
 
-
-# Flags that must be above 0, and those that are shares of 1.
-POSITIVE = {
-    "num_envs",
-    "buffer_size",
-    "batch_size",
-    "n_step",
-    "train_frequency",
-    "target_network_frequency",
-    "learning_rate",
-    "adam_eps",
-    "temperature",
-    "teacher_eval_episodes",
-    "eval_episodes",
-}
-SHARES = {"gamma", "tau", "start_e", "end_e", "exploration_fraction", "repeat_action_probability"}
-
-# Flags that play no part without a teacher.
-OF_THE_TEACHER = {
-    "teacher_steps",
-    "offline_steps",
-    "temperature",
-    "distill_coef",
-    "distill_steps",
-    "distill_latch",
-    "return_baseline",
-    "final_learning_rate",
-    "teacher_policy_hf_repo",
-    "teacher_model_exp_name",
-    "teacher_eval_episodes",
-    "teacher_buffer",
-}
 
 # Flags that may be changed when a run is resumed. A larger total_timesteps stretches exploration.
 MAY_CHANGE = {
@@ -520,7 +488,7 @@ class FrameReplay:
     older episode but repeats its own first frame.
 
     An `excluded` step is never drawn. A return that meets one stops before it and bootstraps from
-    its observation, which is stored. Excluded are:
+    the observation before that step, which is stored. Excluded are:
     - a step that a time limit cut off, and a game's last step before a resume, since the next
       observation is not stored;
     - the steps that AtariGames forced at the start of a game or a life, which the agent did not
@@ -592,7 +560,7 @@ class FrameReplay:
         return self.transitions(step_ids, n_step, gamma)
 
     def draw(self, batch_size: int, n_step: int, key: jax.Array) -> jax.Array:
-        """Ids of steps that are not excluded, int32 (batch_size,); the newest has the highest."""
+        """Ids of steps that are not excluded, int32 (batch_size,); see the class."""
         size = len(self.rewards)
         # Drawn from [begin, end). `written` counts the steps of one environment, so the oldest that
         # is stored has the id written * num_envs - size; begin is the first of which three earlier
@@ -952,7 +920,7 @@ def fill_teacher_buffer(run: "Run", learner: Learner, replay: FrameReplay) -> Fr
     args = run.args
     progress = run.progress
     file = None if args.teacher_buffer is None else Path(args.teacher_buffer)
-    if file is not None and file.exists():  # a whole buffer, in place of what a resume restored
+    if file is not None and file.exists():  # all of phase 1, whatever a resume restored of it
         return load_teacher_buffer(file, run.made_with(), replay)
 
     num_envs = replay.num_envs  # eight times the student's: the teacher does not learn
@@ -1018,8 +986,8 @@ def learn_offline(run: "Run", learner: Learner, replay: FrameReplay) -> None:
     run.evaluate_once(learner, "charts/offline/avg_episodic_return")
     run.checkpoint_if_due(learner, replay)
     learner.update_target(tau=1.0)  # phase 3 begins with two equal networks
-    # The games just played give the first lambda of phase 3. A run that is resumed at the
-    # checkpoint above has no steps left and does not play them again, but comes through here.
+    # The games just played give the first lambda of phase 3, also after a resume at the checkpoint
+    # above, which has their scores.
     progress.recent_returns = progress.scores[:GAMES_FOR_LAMBDA]
 
 
@@ -1052,8 +1020,8 @@ def learn_online(run: "Run", learner: Learner, replay: FrameReplay) -> None:
     while progress.step < args.total_timesteps:
         begin = progress.step
         end = begin + args.num_envs
-        # An evaluation is due if the last stride passed a multiple of its frequency. At step 0 it
-        # was the end of phase 2, if there was one.
+        # If the last stride passed a multiple of the frequency. It is done here and not after that
+        # stride, so that one that a signal stopped is repeated. At step 0 phase 2 has done it.
         if begin > 0 and due(begin - args.num_envs, begin, args.eval_frequency):
             run.evaluate_once(learner, "eval/episodic_return")
         run.checkpoint_if_due(learner, replay)
@@ -1061,7 +1029,7 @@ def learn_online(run: "Run", learner: Learner, replay: FrameReplay) -> None:
 
         # How much the teacher weighs, and how much the student explores.
         lambda_ = fade_teacher(args, progress)
-        if run.teacher is not None:  # else lambda means nothing
+        if run.teacher is not None:  # else final_learning_rate would apply
             learner.set_lambda(lambda_)
         # global_step counts offline steps, too, as in CleanRL's file: by default epsilon begins
         # this phase at 0.5.
@@ -1122,7 +1090,7 @@ def train(args: Args, stop: Sequence[int] = ()) -> Path:
     phase = None
     if args.resume is not None:
         saved = load_checkpoint(Path(args.resume))
-        with must_fit(args):
+        with reading_checkpoint(args):
             phase = saved["progress"]["phase"]
             check_unchanged(args, saved["args"])
     validate(args, phase)
@@ -1145,7 +1113,7 @@ def train(args: Args, stop: Sequence[int] = ()) -> Path:
             run.progress.begin("teacher buffer")
     run.open_log()
     if saved is not None:
-        run.save_models(learner)  # which come after a checkpoint: a kill may have come between
+        run.save_models(learner)  # a kill may have come between a checkpoint and these
     replay = run.make_replay(run.progress.phase, saved)
 
     if run.progress.phase == "teacher buffer":
@@ -1186,7 +1154,7 @@ class Run:
         if args.cuda and device.platform == "cpu":
             print(
                 '--cuda: no GPU found (pip install "jax[cuda13]==0.10.2", with a driver from 580 '
-                "on), running on the CPU, where ten million steps take days"
+                "on); on a CPU a million steps take half a day or more"
             )
         if hasattr(os, "sched_getaffinity"):
             cores = len(os.sched_getaffinity(0))
@@ -1217,9 +1185,9 @@ class Run:
         if args.return_baseline == "random":
             random_scores = play(epsilon=1.0, purpose="baseline")  # the teacher never chooses
             progress.baseline_return = float(np.mean(random_scores))
-        means = f"teacher: mean return {progress.teacher_return:.2f}"
+        means = f"mean return {progress.teacher_return:.2f}"
         means += f", baseline {progress.baseline_return:.2f}"
-        print(means)
+        print(f"teacher: {means}")
         if progress.teacher_return <= progress.baseline_return:
             advice = "take another"
             if args.return_baseline != "random":
@@ -1360,7 +1328,7 @@ class Run:
             leaves = [jnp.asarray(leaf) for leaf in leaves]
             return jax.tree.unflatten(jax.tree.structure(tree), leaves)
 
-        with must_fit(self.args):
+        with reading_checkpoint(self.args):
             self.facts = saved["facts"] | self.facts
             self.progress = Progress(**saved["progress"])
             if saved["teacher"] is not None:
@@ -1378,7 +1346,7 @@ class Run:
             num_envs *= TEACHER_ENVS_PER_ENV
         replay = FrameReplay.create(capacity, num_envs, self.num_actions)
         if saved is not None:
-            with must_fit(self.args):
+            with reading_checkpoint(self.args):
                 replay = unpack(saved.pop("replay"), replay)
         return replay
 
@@ -1698,14 +1666,16 @@ def load_checkpoint(run_dir) -> dict:
     """The newest whole state of a run: arrays and plain values. UserError if there is none."""
     for name in ("checkpoint.npz", "checkpoint.previous.npz"):
         path = run_dir / name
+        if not path.exists():
+            continue
         try:
             return serialization.msgpack_restore(np.load(path)["state"].tobytes())
         except Exception as error:
             print(f"--resume: {path} cannot be read: {type(error).__name__}")
-    raise UserError(f"--resume {run_dir}: no checkpoint of this version in it")
+    raise UserError(f"--resume {run_dir}: no checkpoint of this version in it, give runs/RUN")
 
 
-def must_fit(args):
+def reading_checkpoint(args):
     """For what is read from the checkpoint of --resume."""
     return user_error(f"--resume {args.resume}: its checkpoint does not fit")
 
@@ -1757,6 +1727,39 @@ def upload(args, run_dir, score):
 
 def refuse(args, flag, rule):
     raise UserError(f"--{flag.replace('_', '-')} {getattr(args, flag)}: {rule}")
+
+
+# Flags that must be above 0, and those that are shares of 1.
+POSITIVE = {
+    "num_envs",
+    "buffer_size",
+    "batch_size",
+    "n_step",
+    "train_frequency",
+    "target_network_frequency",
+    "learning_rate",
+    "adam_eps",
+    "temperature",
+    "teacher_eval_episodes",
+    "eval_episodes",
+}
+SHARES = {"gamma", "tau", "start_e", "end_e", "exploration_fraction", "repeat_action_probability"}
+
+# Flags that play no part without a teacher.
+OF_THE_TEACHER = {
+    "teacher_steps",
+    "offline_steps",
+    "temperature",
+    "distill_coef",
+    "distill_steps",
+    "distill_latch",
+    "return_baseline",
+    "final_learning_rate",
+    "teacher_policy_hf_repo",
+    "teacher_model_exp_name",
+    "teacher_eval_episodes",
+    "teacher_buffer",
+}
 
 
 def validate(args, phase=None):
@@ -1830,7 +1833,8 @@ def check_unchanged(args, before):
     """UserError for the first flag that a resumed run must keep, but that is another."""
     for flag, value in before.items():
         if flag not in MAY_CHANGE and getattr(args, flag) != value:
-            refuse(args, flag, f"the run to be resumed has {value}; leave out --resume")
+            rule = f"the run to be resumed has {value}; leave out this flag, or --resume"
+            refuse(args, flag, rule)
 
 
 def play_model(args, stop):

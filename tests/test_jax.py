@@ -90,7 +90,7 @@ SAME = [
     "load_sb3",
     "hub_is_silent",
     "find_teacher",
-    "must_fit",
+    "reading_checkpoint",
     "check_upload",
     "hub_name",
     "upload",
