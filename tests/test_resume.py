@@ -419,6 +419,12 @@ def test_checkpoints_come_every_so_many_steps_or_every_ten_minutes(go, monkeypat
     assert [step for _, step in checkpoints(go.events)] == [*every_seventh_row, 480]
 
 
+def test_a_new_phase_counts_its_steps_and_checkpoints_anew():
+    progress = qdagger.Progress(phase="offline", step=300, saved_step=300, evaluated=True)
+    progress.begin("online")
+    assert progress == qdagger.Progress(phase="online")
+
+
 def test_a_loss_that_is_no_number_stops_the_run_and_no_checkpoint_has_it(go, monkeypatch):
     real_loss = qdagger.qdagger_loss
 
