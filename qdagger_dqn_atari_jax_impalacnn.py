@@ -158,7 +158,7 @@ class DQNArgs:
     huber: bool = False  # Huber instead of squared TD error
     start_e: float = 1.0  # exploration at first, while the teacher or the student plays
     end_e: float = 0.01  # exploration in the end, and in every evaluation
-    exploration_fraction: float = 0.10  # share of total_timesteps in which it falls, offline too
+    exploration_fraction: float = 0.10  # share of total_timesteps until exploration is at end_e
     learning_starts: int = 80_000  # online steps before the first online gradient step
     train_frequency: int = 4  # online steps per gradient step
 
@@ -186,7 +186,7 @@ class SpeedArgs:
 
 @dataclass
 class EvaluationArgs:
-    checkpoint_frequency: int | None = None  # steps between; 0: only at evaluations; unset: 10 min
+    checkpoint_frequency: int | None = None  # how often, in steps; 0: at evaluations; unset: 10 min
     resume: str | None = None  # go on with this run, runs/RUN, from its last checkpoint
     eval_frequency: int = 500_000  # online steps between evaluations; 0: at the end only
     eval_episodes: int = 10  # games per evaluation
@@ -1873,9 +1873,9 @@ def parse_flags() -> Args:
 
 
 def read_flags(defaults: Args) -> Args:
-    """Those of the command line, which --help shows in groups; UserError for an empty one.
+    """Those of the command line, which --help shows in groups.
 
-    Such is a shell's unset variable.
+    UserError for an empty one, such as a shell's unset variable.
     """
     groups = {}
     for group in fields(Groups):

@@ -377,7 +377,9 @@ def test_only_flags_that_change_no_result_may_change_and_a_run_may_be_longer(go,
             check_unchanged(Args(**flags), before)
         else:
             message = refusal(check_unchanged, Args(**flags), before)
-            assert message.endswith("has another; leave out this flag, or --resume")
+            assert message.endswith(
+                "the run to be resumed has another; leave out this flag, or --resume"
+            )
     message = refusal(go, stopped, learning_rate=1e-3)
     assert message.startswith("--learning-rate 0.001: the run to be resumed has ")
 
